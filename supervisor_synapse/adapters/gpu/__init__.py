@@ -1,0 +1,1 @@
+"""Readers of device memory, each with `parse` (pure) apart from `read`."""

@@ -1,0 +1,116 @@
+"""State on disk: written whole or not at all, and a torn file costs only itself.
+
+Every file under var/lib goes through `write_json`/`read_json`. A file that does not parse is
+set aside as `<name>.corrupt` and treated as absent, so that whoever owns it rebuilds it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import stat
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from supervisor_synapse.errors import ConfigError, TransientError
+
+_LARGEST_STATE_BYTES = 64 * 1024 * 1024
+
+
+def write_text(path: Path, text: str, *, mode: int = 0o600) -> None:
+    """Replace `path` by `text` (UTF-8): temporary file beside it, fsync, rename, fsync the folder.
+
+    Raises:
+        OSError: nothing was changed (disk full, read-only, missing folder).
+    """
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fchmod(file.fileno(), mode)
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename durable; file systems that cannot sync a folder are left to their ways."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Like `write_text`, for a JSON value. ASCII only, so that any reader can show it."""
+    write_text(path, json.dumps(value, ensure_ascii=True, separators=(",", ":")) + "\n")
+
+
+def read_json(path: Path) -> object | None:
+    """The JSON value in `path`; None where there is none, or where it was torn and set aside."""
+    try:
+        if path.stat().st_size > _LARGEST_STATE_BYTES:
+            raise ValueError("too large to be ours")
+        value: object = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except OSError:
+        return None
+    except (ValueError, RecursionError):
+        with contextlib.suppress(OSError):
+            os.replace(path, path.with_name(path.name + ".corrupt"))
+        return None
+    return value
+
+
+@contextlib.contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Hold the lock file `path` for the block; it is freed by the kernel if we die.
+
+    Raises:
+        TransientError: another process holds it.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise TransientError(
+                f"cannot lock {path}: another discovery is running; wait for it to end"
+            ) from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def require_private(paths: Iterator[Path] | list[Path]) -> None:
+    """Refuse what others may write: supervisord and we execute from these.
+
+    Raises:
+        ConfigError: one line for each path, with the command that mends it.
+    """
+    problems = []
+    for path in paths:
+        try:
+            info = path.stat()
+        except OSError:
+            continue
+        if info.st_uid not in (os.getuid(), 0):
+            problems.append(f"{path}: belongs to user {info.st_uid}, not to you: chown it")
+        if stat.S_IMODE(info.st_mode) & 0o022:
+            problems.append(
+                f"{path}: group or others may write here, and programs are started from it: "
+                f"chmod go-w {path}"
+            )
+    if problems:
+        raise ConfigError(problems)

@@ -1,0 +1,369 @@
+"""etc/synapse.conf → frozen settings. Every error is found before any is reported.
+
+INI without interpolation; ` ;` and ` #` start a comment. Unknown sections and keys are errors.
+"""
+
+from __future__ import annotations
+
+import configparser
+import difflib
+import ipaddress
+import re
+import shlex
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from supervisor_synapse.core.model import Tier
+from supervisor_synapse.core.settings import (
+    DEFAULT_TIERS,
+    Enable,
+    ModelRule,
+    ModelSettings,
+    ProbePolicy,
+    Reserve,
+    RestartPolicy,
+    Settings,
+    StopPolicy,
+    TierRule,
+    WhenFull,
+)
+from supervisor_synapse.errors import ConfigError
+
+_SIZE_UNITS = {"": 1, "b": 1, "kib": 1024, "mib": 1024**2, "gib": 1024**3, "tib": 1024**4,
+               "kb": 1000, "mb": 1000**2, "gb": 1000**3, "tb": 1000**4}  # fmt: skip
+_COUNT_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
+_ARGUMENT = re.compile(r"[A-Za-z0-9_@%+=:,./\[\]{}\"*^|-]{1,1000}")
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+_OWNED_ARGUMENTS = {
+    "-m": "the model file comes from discovery", "--model": "the model file comes from discovery",
+    "--host": "set host in [synapse]", "--port": "set port here", "--api-key": "keys show in ps: "
+    "use --api-key-file", "-c": "set context here", "--ctx-size": "set context here",
+    "-np": "set parallel here", "--parallel": "set parallel here", "-a": "set alias here",
+    "--alias": "set alias here", "-ngl": "set gpu_layers here", "--gpu-layers":
+    "set gpu_layers here", "--n-gpu-layers": "set gpu_layers here", "-dev": "set device here",
+    "--device": "set device here", "--sleep-idle-seconds": "set sleep_idle_seconds here",
+}  # fmt: skip
+
+
+def _number_with_unit(text: str, units: Mapping[str, int], allowed: str) -> int:
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,6})?)\s*([A-Za-z]*)", text.strip())
+    if match is None or match[2].lower() not in units:
+        raise ValueError(f"{text!r} is not {allowed}")
+    return int(float(match[1]) * units[match[2].lower()])
+
+
+def parse_bytes(text: str) -> int:
+    """`512MiB`, `1.5 GiB`, `1000000` → bytes."""
+    return _number_with_unit(text, _SIZE_UNITS, "a size such as 512MiB or 2GiB")
+
+
+def parse_count(text: str) -> int | None:
+    """`7B`, `500M` → a number of parameters; `any` → None."""
+    if text.strip().lower() == "any":
+        return None
+    return _number_with_unit(
+        text, _COUNT_UNITS, "a number of parameters such as 7B or 500M, or any"
+    )
+
+
+def _parse_reserve(text: str) -> Reserve:
+    percent = re.fullmatch(r"(\d{1,2}(?:\.\d{1,3})?)\s*%", text.strip())
+    if percent:
+        return Reserve(bytes=0, fraction=float(percent[1]) / 100)
+    return Reserve(bytes=parse_bytes(text))
+
+
+def _parse_boolean(text: str) -> bool:
+    answer = configparser.RawConfigParser.BOOLEAN_STATES.get(text.strip().lower())
+    if answer is None:
+        raise ValueError(f"{text!r} is not true or false")
+    return answer
+
+
+def _parse_port_range(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d{1,5})\s*-\s*(\d{1,5})", text.strip())
+    first, last = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not 1024 <= first <= last <= 65535:
+        raise ValueError(f"{text!r} is not a range such as 8100-8199, within 1024-65535")
+    return first, last
+
+
+def _parse_host(text: str) -> str:
+    try:
+        return "127.0.0.1" if text == "localhost" else str(ipaddress.ip_address(text))
+    except ValueError:
+        raise ValueError(f"{text!r} is not an IP address such as 127.0.0.1") from None
+
+
+def _parse_folders(text: str) -> tuple[str, ...]:
+    """One folder a line, or separated by commas; `~` is the home folder."""
+    folders = [part.strip() for part in re.split(r"[,\n]", text) if part.strip()]
+    expanded = [str(Path(folder).expanduser()) for folder in folders]
+    for folder in expanded:
+        if not Path(folder).is_absolute():
+            raise ValueError(f"{folder!r} is not an absolute path")
+    return tuple(expanded)
+
+
+def _parse_arguments(text: str) -> tuple[str, ...]:
+    """Words as a shell would split them; each within the allow-list of rendered tokens."""
+    words = shlex.split(text)
+    for word in words:
+        if not _ARGUMENT.fullmatch(word):
+            raise ValueError(
+                f"{word!r} has a character that cannot stand in a program block; allowed are "
+                'letters, digits and _@%+=:,./[]{}"*^|-'
+            )
+        owner = _OWNED_ARGUMENTS.get(word.split("=", 1)[0])
+        if owner is not None:
+            raise ValueError(f"{word} is not set through args: {owner}")
+    return tuple(words)
+
+
+def _parse_name(text: str) -> str:
+    if not _NAME.fullmatch(text):
+        raise ValueError(f"{text!r} is not a program name ([a-z0-9][a-z0-9._-]*, at most 63)")
+    return text
+
+
+def _parse_device(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9:_-]{1,40}(,[A-Za-z0-9:_-]{1,40}){0,15}", text):
+        raise ValueError(f"{text!r} is not a device such as CUDA0, Vulkan0,Vulkan1 or none")
+    return text
+
+
+def _auto(parse: Callable[[str], Any]) -> Callable[[Any], Any]:
+    """`auto`, or nothing, is None; anything else is parsed."""
+    return lambda text: None if str(text).strip().lower() in ("auto", "") else parse(text)
+
+
+def _from_text(parse: Callable[[str], Any]) -> BeforeValidator:
+    return BeforeValidator(lambda value: parse(value) if isinstance(value, str) else value)
+
+
+_Seconds = Annotated[float, Field(gt=0, le=86400)]
+_WholeSeconds = Annotated[int, Field(ge=0, le=86400)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+
+class _Synapse(_Section):
+    cache_dirs: Annotated[tuple[str, ...], _from_text(_parse_folders)] = ()
+    model_dirs: Annotated[tuple[str, ...], _from_text(_parse_folders)] = ()
+    engine: Annotated[str, Field(pattern=r"^(auto|[/~].*)$")] = "auto"
+    port_range: Annotated[tuple[int, int], _from_text(_parse_port_range)] = (8100, 8199)
+    host: Annotated[str, _from_text(_parse_host)] = "127.0.0.1"
+    enable: Enable = Enable.FIT
+    max_parallel: Annotated[int, Field(ge=1, le=64)] = 3
+    memory_reserve: Annotated[Reserve, _from_text(_parse_reserve)] = Reserve()
+    when_full: WhenFull = WhenFull.DEGRADE
+
+
+class _Probe(_Section):
+    period_seconds: _Seconds = 5.0
+    timeout_seconds: _Seconds = 2.0
+    failure_threshold: Annotated[int, Field(ge=1, le=100)] = 3
+    stall_seconds: _Seconds = 120.0
+
+
+class _Restart(_Section):
+    backoff_initial_seconds: _Seconds = 1.0
+    backoff_factor: Annotated[float, Field(ge=1, le=100)] = 2.0
+    backoff_max_seconds: _Seconds = 300.0
+    intensity: Annotated[int, Field(ge=1, le=1000)] = 5
+    period_seconds: _Seconds = 600.0
+    cooldown_seconds: _Seconds = 900.0
+
+    @model_validator(mode="after")
+    def _ordered(self) -> _Restart:
+        if self.backoff_max_seconds < self.backoff_initial_seconds:
+            raise ValueError("backoff_max_seconds must be at least backoff_initial_seconds")
+        return self
+
+
+class _Stop(_Section):
+    drain_seconds: _WholeSeconds = 30
+    term_seconds: Annotated[int, Field(ge=1, le=600)] = 2
+
+
+class _Tier(_Section):
+    max_parameters: Annotated[int | None, _from_text(parse_count)] = None
+    priority: Annotated[int, Field(ge=0, le=1000)] = 0
+    min_context: Annotated[int, Field(ge=256, le=2**24)] = 2048
+    max_context: Annotated[int, Field(ge=256, le=2**24)] = 16384
+
+    @model_validator(mode="after")
+    def _ordered(self) -> _Tier:
+        if self.max_context < self.min_context:
+            raise ValueError("max_context must be at least min_context")
+        return self
+
+
+class _Model(_Section):
+    enabled: Annotated[bool | None, _from_text(_auto(_parse_boolean))] = None
+    tier: Annotated[Tier | None, _from_text(_auto(lambda text: Tier(text.lower())))] = None
+    alias: Annotated[str | None, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,99}$")] = None
+    port: Annotated[int | None, Field(ge=1024, le=65535), _from_text(_auto(str))] = None
+    context: Annotated[int | None, Field(ge=256, le=2**24), _from_text(_auto(str))] = None
+    parallel: Annotated[int | None, Field(ge=1, le=256), _from_text(_auto(str))] = None
+    gpu_layers: Annotated[int | None, Field(ge=0, le=9999), _from_text(_auto(str))] = None
+    device: Annotated[str | None, _from_text(_auto(_parse_device))] = None
+    fallback: Annotated[str | None, _from_text(_auto(_parse_name))] = None
+    sleep_idle_seconds: Annotated[int | None, Field(ge=0, le=10**7)] = None
+    pinned: Annotated[bool | None, _from_text(_parse_boolean)] = None
+    args: Annotated[tuple[str, ...] | None, _from_text(_parse_arguments)] = None
+
+
+_FIXED: dict[str, type[_Section]] = {
+    "synapse": _Synapse, "probe": _Probe, "restart": _Restart, "stop": _Stop,
+}  # fmt: skip
+_TIER_DEFAULTS = {f"tier:{rule.tier.value}": rule for rule in DEFAULT_TIERS}
+_S = TypeVar("_S", bound=_Section)
+
+
+def load(path: Path) -> Settings:
+    """The settings in `path`; all defaults where there is no such file.
+
+    Raises:
+        ConfigError: one line for each thing that is wrong.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return Settings()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot read it: {error}") from None
+    return parse(text, str(path))
+
+
+def parse(text: str, source: str = "synapse.conf") -> Settings:
+    """Settings from INI text.
+
+    Raises:
+        ConfigError: one line for each thing that is wrong, each beginning with `source`.
+    """
+    problems: list[str] = []
+    sections = _sections(text, problems)
+    fixed = {
+        name: _validated(model, name, sections.get(name, {}), problems)
+        for name, model in _FIXED.items()
+    }
+    tiers = _tiers(sections, problems)
+    rules = _model_rules(sections, problems)
+    problems += _unknown_sections(sections)
+    if problems:
+        raise ConfigError([f"{source}: {problem}" for problem in problems])
+    return _settings(fixed, tiers, rules)
+
+
+def _sections(text: str, problems: list[str]) -> dict[str, dict[str, str]]:
+    """Section → key → value; what a strict reading rejects is noted, then read leniently."""
+    for strict in (True, False):
+        parser = configparser.RawConfigParser(
+            strict=strict, interpolation=None, inline_comment_prefixes=(";", "#"),
+            default_section="\0none",
+        )  # fmt: skip
+        try:
+            parser.read_string(text)
+        except configparser.MissingSectionHeaderError as error:
+            problems.append(f"line {error.lineno}: a key stands before the first [section]")
+            return {}
+        except configparser.ParsingError as error:
+            problems += [f"line {line}: not `key = value`: {what}" for line, what in error.errors]
+            return {}
+        except configparser.DuplicateOptionError as error:
+            problems.append(f"[{error.section}] {error.option}: given twice (line {error.lineno})")
+            continue
+        except configparser.DuplicateSectionError as error:
+            problems.append(f"[{error.section}]: stands twice (line {error.lineno}); join the two")
+            continue
+        break
+    return {name: dict(parser.items(name)) for name in parser.sections()}
+
+
+def _validated(model: type[_S], section: str, values: dict[str, str], problems: list[str]) -> _S:
+    """The section as a model; its defaults, with the errors noted, where it is wrong."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        problems += [_explain(section, item, model) for item in error.errors()]
+        return model()
+
+
+def _explain(section: str, error: Any, model: type[_Section]) -> str:
+    key = ".".join(str(part) for part in error["loc"][:1])
+    place = f"[{section}] {key}" if key else f"[{section}]"
+    if error["type"] == "extra_forbidden":
+        return f"{place}: unknown key{_allowed(key, model.model_fields)}"
+    message = str(error["msg"]).removeprefix("Value error, ")
+    given = error.get("input")
+    if isinstance(given, str) and repr(given) not in message:
+        message = f"{given!r}: {message[0].lower()}{message[1:]}"
+    return f"{place}: {message}"
+
+
+def _allowed(given: str, names: Iterable[str]) -> str:
+    near = difflib.get_close_matches(given, list(names), n=1)
+    return f"; did you mean {near[0]}?" if near else f"; allowed: {', '.join(names)}"
+
+
+def _tiers(sections: dict[str, dict[str, str]], problems: list[str]) -> tuple[TierRule, ...]:
+    rules = []
+    for section, default in _TIER_DEFAULTS.items():
+        said = sections.get(section, {})
+        given = _validated(_Tier, section, said, problems)
+        chosen = {
+            key: getattr(given if key in said else default, key) for key in _Tier.model_fields
+        }
+        if chosen["max_context"] < chosen["min_context"]:
+            problems.append(f"[{section}] max_context: must be at least min_context")
+        rules.append(TierRule(tier=default.tier, **chosen))
+    limits = [rule.max_parameters for rule in rules]
+    if any(limit is None for limit in limits[:-1]) or sorted(
+        limit for limit in limits if limit is not None
+    ) != [limit for limit in limits if limit is not None]:
+        problems.append("[tier:…] max_parameters: must grow from fast over balanced to powerful")
+    return tuple(rules)
+
+
+def _model_rules(sections: dict[str, dict[str, str]], problems: list[str]) -> tuple[ModelRule, ...]:
+    rules = []
+    for section, values in sections.items():
+        if not section.startswith("model:"):
+            continue
+        glob = section.removeprefix("model:").strip()
+        if not glob:
+            problems.append(f"[{section}]: name a model, or a pattern such as qwen*")
+        given = _validated(_Model, section, values, problems)
+        chosen = {key: getattr(given, key) for key in values if key in _Model.model_fields}
+        rules.append(ModelRule(glob, ModelSettings(**chosen), frozenset(chosen)))
+    return tuple(rules)
+
+
+def _unknown_sections(sections: Iterable[str]) -> list[str]:
+    known = [*_FIXED, *_TIER_DEFAULTS]
+    return [
+        f"[{section}]: unknown section{_allowed(section, [*known, 'model:GLOB'])}"
+        for section in sections
+        if section not in known and not section.startswith("model:")
+    ]
+
+
+def _settings(
+    fixed: dict[str, Any], tiers: tuple[TierRule, ...], rules: tuple[ModelRule, ...]
+) -> Settings:
+    synapse: _Synapse = fixed["synapse"]
+    first_port, last_port = synapse.port_range
+    return Settings(
+        cache_dirs=synapse.cache_dirs, model_dirs=synapse.model_dirs, engine=synapse.engine,
+        first_port=first_port, last_port=last_port, host=synapse.host, enable=synapse.enable,
+        max_parallel=synapse.max_parallel, memory_reserve=synapse.memory_reserve,
+        when_full=synapse.when_full, probe=ProbePolicy(**fixed["probe"].model_dump()),
+        restart=RestartPolicy(**fixed["restart"].model_dump()),
+        stop=StopPolicy(**fixed["stop"].model_dump()), tiers=tiers, models=rules,
+    )  # fmt: skip

@@ -1,0 +1,212 @@
+"""The frozen values that travel between the parts.
+
+Sizes are bytes, times are seconds. A *model* is one loadable unit (one file, or all the
+shards of one); a *program* is what supervisord runs for it; an *incarnation* is one run of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class FileKind(Enum):
+    """What a GGUF file is, by its header. Only `MODEL` is ever served."""
+
+    MODEL = "model"
+    PROJECTOR = "projector"
+    ADAPTER = "adapter"
+    VOCABULARY = "vocabulary"
+    IMATRIX = "imatrix"
+
+
+class Role(Enum):
+    """What a model is for."""
+
+    TEXT = "text"
+    VISION = "vision"
+    EMBEDDING = "embedding"
+    RERANKER = "reranker"
+    DRAFT = "draft"
+
+
+class Tier(Enum):
+    """The routing tiers of the engine, FAST first. Configured in lower case, shown in upper."""
+
+    FAST = "fast"
+    BALANCED = "balanced"
+    POWERFUL = "powerful"
+
+
+class Phase(Enum):
+    """Where a model is in its life."""
+
+    DISABLED = "disabled"
+    PENDING = "pending"
+    DEFERRED = "deferred"
+    LOADING = "loading"
+    READY = "ready"
+    UNHEALTHY = "unhealthy"
+    DRAINING = "draining"
+    STOPPING = "stopping"
+    VERIFYING = "verifying"
+    STOPPED = "stopped"
+    BACKOFF = "backoff"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class FileIdentity:
+    """Names the bytes of a file as far as `stat` can: same identity, same header."""
+
+    device: int
+    inode: int
+    size_bytes: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """The facts of one GGUF header; one shard's where the model is split.
+
+    Per-layer tuples hold one value for each block, or a single one that holds for all.
+    A count that the header does not state is 0; text that it does not state is None.
+    """
+
+    kind: FileKind
+    architecture: str
+    name: str | None = None
+    quantization: str = "unknown"  # the file type's name ("Q4_K_M"), else the commonest tensor type
+    parameters: int = 0  # elements over all tensors of this file
+    layers: int = 0
+    context_length: int = 0  # trained
+    embedding_length: int = 0
+    feed_forward_length: tuple[int, ...] = ()
+    heads: tuple[int, ...] = ()
+    heads_kv: tuple[int, ...] = ()
+    key_length: int = 0  # per head
+    value_length: int = 0
+    key_length_mla: int = 0
+    kv_lora_rank: int = 0
+    sliding_window: int = 0
+    sliding_window_pattern: tuple[int, ...] = ()  # a period, or 1 (windowed) / 0 (full) per layer
+    experts: int = 0
+    experts_used: int = 0
+    expert_feed_forward_length: int = 0
+    recurrent_state: tuple[int, int, int, int, int] = (0, 0, 0, 0, 0)
+    # conv_kernel, inner_size, state_size, time_step_rank, group_count of `{arch}.ssm.*`
+    pooling: int | None = None  # 0 none, 1 mean, 2 cls, 3 last, 4 rank
+    causal_attention: bool | None = None
+    classifier: bool = False  # a classification head among the tensors or labels in the header
+    vocabulary_size: int = 0  # tokens
+    chat_template_sha256: str | None = None
+    has_vision: bool = False  # projector: has an image encoder
+    has_audio: bool = False
+    projection_dim: int = 0  # projector: width of the text model that it feeds
+    tags: tuple[str, ...] = ()  # general.tags, at most 32 of at most 64 characters
+    split_index: int = 0  # from 0
+    split_count: int = 0  # 0 or 1: not split
+    tensors: int = 0
+    header_bytes: int = 0  # up to the first tensor's data
+    tensor_bytes: int = 0  # all tensor data of this file
+    block_bytes: tuple[int, ...] = ()  # tensor data of `blk.i.*`, by i
+    embedding_bytes: int = 0  # token_embd
+    has_output: bool = False  # an output.weight of its own (else token_embd serves as output)
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something found while looking, in a line that names what and how to mend it.
+
+    `subject` and `reason` are printable and safe to show.
+    """
+
+    subject: str
+    reason: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.subject}: {self.reason}" + (f" ({self.remedy})" if self.remedy else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """Memory that a model can live in, as last read."""
+
+    name: str  # the engine's name (CUDA0, Vulkan0, RPC0 …), or CPU for the host
+    total_bytes: int
+    free_bytes: int
+    description: str = ""
+
+    @property
+    def is_host(self) -> bool:
+        return self.name == "CPU"
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a model will take on its device, in bytes, and where the figure comes from."""
+
+    weights_bytes: int
+    kv_bytes: int
+    recurrent_bytes: int
+    compute_bytes: int
+    overhead_bytes: int
+    source: str
+
+    @property
+    def total_bytes(self) -> int:
+        return (
+            self.weights_bytes
+            + self.kv_bytes
+            + self.recurrent_bytes
+            + self.compute_bytes
+            + self.overhead_bytes
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """A llama-server that can be run: where it is and which flags its help lists."""
+
+    path: str
+    version: str
+    flags: frozenset[str]
+    library_path: str | None = None  # LD_LIBRARY_PATH that its bundled libraries need
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """What supervisord shall run for one model, and what everyone else must know of it."""
+
+    name: str
+    key: str  # the model's stable identity, by which the registry knows it
+    repo: str | None
+    file: str
+    tier: Tier
+    role: Role
+    priority: int
+    enabled: bool
+    reason: str  # why it is enabled or not, with the numbers
+    host: str
+    port: int
+    alias: str
+    context: int
+    parallel: int
+    device: str
+    estimate_bytes: int
+    estimate_source: str
+    size_bytes: int
+    quantization: str
+    parameters: int
+    model_path: str
+    projector_path: str | None
+    shards: tuple[str, ...]
+    arguments: tuple[str, ...]  # for llama-server, without the files
+    fallback: str | None = None
+    pinned: bool = False
+
+    @property
+    def url(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{host}:{self.port}"
