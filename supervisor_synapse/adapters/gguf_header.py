@@ -147,8 +147,8 @@ def _why(error: OSError | ValueError) -> str:
 
 
 def _shown(raw: bytes) -> str:
-    """Bytes from the file, escaped and cut, for a message."""
-    return ascii(raw[:48].decode("utf-8", "replace")) + ("…" if len(raw) > 48 else "")
+    """Bytes from the file, escaped and cut, for a message: ASCII, as it may travel by RPC."""
+    return ascii(raw[:48].decode("utf-8", "replace")) + ("..." if len(raw) > 48 else "")
 
 
 def _clean(text: str, longest: int) -> str:
@@ -503,7 +503,7 @@ def _measure(
     ends = [following.offset for following in ordered[1:]] + [data_bytes]
     sizes: dict[bytes, int] = {}
     past_end = 0
-    for index, (tensor, end) in enumerate(zip(ordered, ends, strict=True)):
+    for index, (tensor, end) in enumerate(zip(ordered, ends, strict=False)):  # none: one end
         if tensor.offset % alignment:
             raise _error(f"tensor {_shown(tensor.name)} is not aligned to {alignment} bytes")
         exact = _exact_bytes(tensor)

@@ -10,12 +10,11 @@ import contextlib
 import fcntl
 import json
 import os
-import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from supervisor_synapse.errors import ConfigError, TransientError
+from supervisor_synapse.errors import TransientError
 
 _LARGEST_STATE_BYTES = 64 * 1024 * 1024
 
@@ -67,10 +66,15 @@ def read_json(path: Path) -> object | None:
     except OSError:
         return None
     except (ValueError, RecursionError):
-        with contextlib.suppress(OSError):
-            os.replace(path, path.with_name(path.name + ".corrupt"))
+        set_aside(path)
         return None
     return value
+
+
+def set_aside(path: Path) -> None:
+    """Keep what cannot be used as `<name>.corrupt`, out of the way of its rebuilding."""
+    with contextlib.suppress(OSError):
+        os.replace(path, path.with_name(path.name + ".corrupt"))
 
 
 @contextlib.contextmanager
@@ -91,26 +95,3 @@ def exclusive(path: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-
-
-def require_private(paths: Iterator[Path] | list[Path]) -> None:
-    """Refuse what others may write: supervisord and we execute from these.
-
-    Raises:
-        ConfigError: one line for each path, with the command that mends it.
-    """
-    problems = []
-    for path in paths:
-        try:
-            info = path.stat()
-        except OSError:
-            continue
-        if info.st_uid not in (os.getuid(), 0):
-            problems.append(f"{path}: belongs to user {info.st_uid}, not to you: chown it")
-        if stat.S_IMODE(info.st_mode) & 0o022:
-            problems.append(
-                f"{path}: group or others may write here, and programs are started from it: "
-                f"chmod go-w {path}"
-            )
-    if problems:
-        raise ConfigError(problems)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from supervisor_synapse.core.estimate import prompt_cache_bytes
@@ -66,3 +67,50 @@ def server_arguments(serving: Serving, engine: Engine) -> tuple[str, ...]:
     rest = [tokens for tokens in known if tokens[0] not in given]
     return tuple(token for tokens in [*wanted, *rest] for token in tokens) + serving.extra
 
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What a running server was told, read back from its command line (which a user may edit)."""
+
+    host: str
+    port: int
+    alias: str
+    context: int
+    parallel: int
+    api_key_file: str | None
+    sleeps: bool  # frees its weights when idle; asking for its slots would wake it
+
+
+_SERVED_FLAGS = {
+    "--host": "host", "--port": "port", "--alias": "alias", "-a": "alias",
+    "--ctx-size": "context", "-c": "context", "--parallel": "parallel", "-np": "parallel",
+    "--api-key-file": "api_key_file", "--sleep-idle-seconds": "sleeps",
+}  # fmt: skip
+
+
+def parse_served(command: Sequence[str], planned: Served) -> Served | None:
+    """What a launcher's command line says; None where it is not one (yet).
+
+    `planned` fills in what the line does not say. Between fork and exec a process still shows its
+    parent's command line.
+    """
+    if "--" not in command:
+        return None
+    words = list(command[command.index("--") + 1 :])
+    said: dict[str, str] = {}
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        flag, has_value, value = word.partition("=")
+        if flag in _SERVED_FLAGS:
+            said[_SERVED_FLAGS[flag]] = value if has_value else following
+    try:
+        return Served(
+            host=said.get("host", planned.host),
+            port=int(said.get("port", planned.port)),
+            alias=said.get("alias", planned.alias),
+            context=int(said.get("context", planned.context)),
+            parallel=int(said.get("parallel", planned.parallel)),
+            api_key_file=said.get("api_key_file"),
+            sleeps=int(said.get("sleeps", 0)) > 0,
+        )
+    except ValueError:
+        return planned

@@ -7,7 +7,7 @@ shards of one); a *program* is what supervisord runs for it; an *incarnation* is
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import Enum, IntEnum
 
 
 class FileKind(Enum):
@@ -37,6 +37,10 @@ class Tier(Enum):
     BALANCED = "balanced"
     POWERFUL = "powerful"
 
+    @property
+    def label(self) -> str:
+        return self.value.upper()
+
 
 class Phase(Enum):
     """Where a model is in its life."""
@@ -53,6 +57,44 @@ class Phase(Enum):
     STOPPED = "stopped"
     BACKOFF = "backoff"
     FAILED = "failed"
+
+
+class ProcessState(IntEnum):
+    """supervisord's own states of a process (supervisor.states.ProcessStates)."""
+
+    STOPPED = 0
+    STARTING = 10
+    RUNNING = 20
+    BACKOFF = 30
+    STOPPING = 40
+    EXITED = 100
+    FATAL = 200
+    UNKNOWN = 1000
+
+
+class Health(Enum):
+    """What one probe of a server found. No evidence is `UNKNOWN`, and changes nothing."""
+
+    UNKNOWN = "unknown"
+    REFUSED = "refused"
+    LOADING = "loading"
+    READY = "ready"
+    SILENT = "silent"  # no answer within the timeout
+    BROKEN = "broken"  # an answer that no healthy server gives
+
+
+class FailureClass(Enum):
+    """Why a model failed; decides what happens next."""
+
+    OUT_OF_MEMORY = "out-of-memory"
+    BAD_ARGUMENT = "bad-argument"
+    MODEL_MISSING = "model-missing"
+    MODEL_CORRUPT = "model-corrupt"
+    PORT_IN_USE = "port-in-use"
+    NOT_OFFLOADED = "not-offloaded"
+    CRASHED = "crashed"
+    UNRESPONSIVE = "unresponsive"
+    WEDGED = "wedged"
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,3 +252,61 @@ class Program:
     def url(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"http://{host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class Incarnation:
+    """One run of a program: supervisord's pid for it and when that was started."""
+
+    pid: int
+    started_at: int  # supervisord's wall clock, whole seconds; only ever compared for equality
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """The last thing that went wrong with a model, with its evidence."""
+
+    failure_class: FailureClass
+    message: str
+    at: float  # wall clock, seconds since the epoch
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One model as every surface shows it; a line of `models`."""
+
+    name: str
+    repo: str | None
+    file: str
+    tier: Tier
+    role: Role
+    enabled: bool
+    phase: Phase
+    reason: str
+    state: ProcessState
+    pid: int
+    port: int
+    url: str
+    alias: str
+    context: int
+    parallel: int
+    device: str
+    estimated_bytes: int
+    estimate_source: str
+    measured_bytes: int | None
+    slots_busy: int | None
+    slots_total: int
+    restarts: int
+    ready_seconds: float | None  # from its start to ready, of the incarnation that runs
+    generation: int
+    trial: bool
+    last_failure: Failure | None
+    next_retry_seconds: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What the listener knew at one time."""
+
+    at: float  # wall clock, seconds since the epoch
+    models: tuple[Row, ...]

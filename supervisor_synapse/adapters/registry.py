@@ -1,0 +1,92 @@
+"""var/lib/registry.json: what was discovered and chosen, so that looking again changes nothing.
+
+Names, ports and choices of models that are gone are kept: one that comes back is itself again.
+Written by discovery alone; the listener and the commands read it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+
+from supervisor_synapse.adapters import store
+from supervisor_synapse.core.model import Program
+from supervisor_synapse.core.plan import Choice
+from supervisor_synapse.core.settings import Settings
+
+_VERSION = 1
+_MOST_DIGESTS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One model that was found at some time."""
+
+    name: str
+    key: str
+    choice: Choice
+    digests: tuple[str, ...]  # sha256 of the blocks that discovery wrote, newest first
+    present: bool  # found the last time
+
+
+@dataclass(frozen=True, slots=True)
+class Registry:
+    """All entries by model key, and the programs in the order in which they start.
+
+    `settings` are those that were applied: a synapse.conf that broke since changes nothing.
+    """
+
+    entries: Mapping[str, Entry] = field(default_factory=dict)
+    programs: tuple[Program, ...] = ()
+    settings: Settings = field(default_factory=Settings)
+    generation: int = 0
+    demo: bool = False  # the generated model is wanted beside others
+    version: int = _VERSION
+
+    def names(self) -> dict[str, str]:
+        """Model key → program name."""
+        return {key: entry.name for key, entry in self.entries.items()}
+
+    def choices(self) -> dict[str, Choice]:
+        return {key: entry.choice for key, entry in self.entries.items()}
+
+    def digests(self) -> dict[str, tuple[str, ...]]:
+        """Program name → what discovery wrote for it."""
+        return {entry.name: entry.digests for entry in self.entries.values()}
+
+    def paths(self) -> dict[str, str]:
+        """Model key → the path that its program uses."""
+        return {program.key: program.model_path for program in self.programs}
+
+
+_REGISTRY = TypeAdapter(Registry)
+
+
+def with_digest(digests: tuple[str, ...], digest: str) -> tuple[str, ...]:
+    """`digest` first, each once, the oldest forgotten."""
+    return (digest, *(d for d in digests if d != digest))[:_MOST_DIGESTS]
+
+
+def load(path: Path) -> Registry:
+    """The registry; an empty one where there is none, or where it does not validate."""
+    value = store.read_json(path)
+    if value is None:
+        return Registry()
+    try:
+        registry = _REGISTRY.validate_python(value)
+    except ValidationError:
+        store.set_aside(path)
+        return Registry()
+    return registry if registry.version == _VERSION else Registry()
+
+
+def save(path: Path, registry: Registry) -> None:
+    """Write the registry, whole or not at all.
+
+    Raises:
+        OSError: nothing was changed.
+    """
+    store.write_json(path, _REGISTRY.dump_python(registry, mode="json"))

@@ -1,0 +1,321 @@
+"""supervisord from outside: XML-RPC over its unix socket, and its own parser for what we render.
+
+A connection is made for each call: a cached one that broke once stays broken in xmlrpc.client, and
+over a unix socket a new one costs 0.1 ms. Objects here are not shared between threads.
+"""
+
+from __future__ import annotations
+
+import configparser
+import http.client
+import io
+import os
+import shlex
+import socket
+import xmlrpc.client
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+from typing import Any, Protocol
+
+from pydantic import TypeAdapter, ValidationError
+
+from supervisor_synapse.adapters import snapshots
+from supervisor_synapse.core.model import ProcessState, Snapshot
+from supervisor_synapse.errors import ConfigError, ShuttingDown, TransientError
+
+_TIMEOUT_SECONDS = 10.0
+_LARGEST_REPLY_BYTES = 16 * 1024 * 1024
+
+
+class Fault(IntEnum):
+    """The faults that mean something to us (supervisor.xmlrpc.Faults)."""
+
+    UNKNOWN_METHOD = 1
+    SHUTDOWN_STATE = 6
+    BAD_NAME = 10
+    SPAWN_ERROR = 50
+    ALREADY_STARTED = 60
+    NOT_RUNNING = 70
+    ALREADY_ADDED = 90
+    STILL_RUNNING = 91
+    CANT_REREAD = 92
+
+
+class Refused(TransientError):
+    """supervisord answered with a fault."""
+
+    def __init__(self, code: int, text: str) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """One line of getAllProcessInfo; times are supervisord's wall clock in whole seconds."""
+
+    name: str
+    group: str
+    state: ProcessState
+    pid: int
+    start: int
+    stop: int
+    now: int
+    exitstatus: int
+    spawnerr: str
+    logfile: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reread:
+    """Group names by what supervisord found when it read its files again."""
+
+    added: frozenset[str]
+    changed: frozenset[str]
+    removed: frozenset[str]
+
+
+_PROCESS = TypeAdapter(Process)
+_PROCESSES = TypeAdapter(list[Process])
+_REREAD = TypeAdapter(tuple[tuple[list[str], list[str], list[str]]])
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: str, timeout_seconds: float) -> None:
+        super().__init__("localhost", timeout=timeout_seconds)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._path)
+
+
+class Supervisord:
+    """One supervisord, reached through its unix socket. For one thread."""
+
+    def __init__(self, path: Path, timeout_seconds: float = _TIMEOUT_SECONDS) -> None:
+        self._path = str(path)
+        self._timeout_seconds = timeout_seconds
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """One XML-RPC call.
+
+        Raises:
+            Refused: supervisord answered with a fault.
+            ShuttingDown: it is on its way out.
+            TransientError: it did not answer, or not in XML-RPC.
+        """
+        body = xmlrpc.client.dumps(arguments, method, allow_none=False).encode("ascii", "replace")
+        try:
+            reply = self._post(body)
+            (answer,), _ = xmlrpc.client.loads(reply)
+        except xmlrpc.client.Fault as fault:
+            if fault.faultCode == Fault.SHUTDOWN_STATE:
+                raise ShuttingDown("supervisord is shutting down") from None
+            raise Refused(fault.faultCode, fault.faultString) from None
+        except (OSError, http.client.HTTPException) as error:
+            why = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            raise TransientError(f"cannot reach supervisord at {self._path}: {why}") from None
+        except Exception as error:  # expat's errors share no base but this one
+            raise TransientError(f"cannot read supervisord's answer: {error}") from None
+        return answer
+
+    def _post(self, body: bytes) -> bytes:
+        connection = _UnixConnection(self._path, self._timeout_seconds)
+        try:
+            connection.request("POST", "/RPC2", body, {"Content-Type": "text/xml"})
+            response = connection.getresponse()
+            reply = response.read(_LARGEST_REPLY_BYTES)
+            if response.status != 200:
+                raise http.client.HTTPException(f"HTTP status {response.status}")
+            return reply
+        finally:
+            connection.close()
+
+    def is_up(self) -> bool:
+        """Whether a supervisord answers and is not shutting down."""
+        try:
+            self.call("supervisor.getSupervisorVersion")
+        except (TransientError, ShuttingDown):
+            return False
+        return True
+
+    def pid(self) -> int:
+        return int(self.call("supervisor.getPID"))
+
+    def processes(self) -> tuple[Process, ...]:
+        """All processes of all groups."""
+        try:
+            return tuple(_PROCESSES.validate_python(self.call("supervisor.getAllProcessInfo")))
+        except ValidationError as error:
+            raise TransientError(f"cannot read supervisord's processes: {error}") from None
+
+    def process(self, name: str) -> Process | None:
+        """One process; None where supervisord knows none of that name."""
+        try:
+            found: Process = _PROCESS.validate_python(self.call("supervisor.getProcessInfo", name))
+        except Refused as refused:
+            if refused.code == Fault.BAD_NAME:
+                return None
+            raise
+        except ValidationError as error:
+            raise TransientError(f"cannot read supervisord's process: {error}") from None
+        return found
+
+    def publish(self, snapshot: Snapshot) -> None:
+        """Hand the plugin inside supervisord what all surfaces shall show."""
+        self.call("synapse.publish", snapshots.dump(snapshot))
+
+    def snapshot(self) -> Snapshot | None:
+        """What the listener published last, with the states of now; None before it did."""
+        text = self.call("synapse.models")
+        return snapshots.load(str(text)) if text else None
+
+    def start(self, name: str) -> None:
+        """Ask for a start; a program that runs already is no error."""
+        self._expecting(Fault.ALREADY_STARTED, "supervisor.startProcess", name, False)
+
+    def stop(self, name: str) -> None:
+        """Ask for a stop; a program that does not run is no error."""
+        self._expecting(Fault.NOT_RUNNING, "supervisor.stopProcess", name, False)
+
+    def reread(self) -> Reread:
+        """Have supervisord read its files; nothing is acted on.
+
+        Raises:
+            Refused: CANT_REREAD, with supervisord's reason; nothing has changed.
+        """
+        ((added, changed, removed),) = _REREAD.validate_python(self.call("supervisor.reloadConfig"))
+        return Reread(frozenset(added), frozenset(changed), frozenset(removed))
+
+    def add(self, group: str) -> None:
+        self._expecting(Fault.ALREADY_ADDED, "supervisor.addProcessGroup", group)
+
+    def remove(self, group: str) -> None:
+        """Forget a stopped group; one that is not there is no error."""
+        self._expecting(Fault.BAD_NAME, "supervisor.removeProcessGroup", group)
+
+    def shutdown(self) -> None:
+        self.call("supervisor.shutdown")
+
+    def _expecting(self, fine: Fault, method: str, *arguments: Any) -> None:
+        try:
+            self.call(method, *arguments)
+        except Refused as refused:
+            if refused.code != fine:
+                raise
+
+
+class _Named(io.StringIO):
+    """Text that supervisord's parser takes for the file `name`."""
+
+    def __init__(self, text: str, name: str) -> None:
+        super().__init__(text)
+        self.name = name
+
+
+class Expected(Protocol):
+    """What a rendered block must be when supervisord has parsed it."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def text(self) -> str: ...
+    @property
+    def command(self) -> tuple[str, ...]: ...
+    @property
+    def environment(self) -> Mapping[str, str]: ...
+    @property
+    def log_file(self) -> str: ...
+
+
+def check_block(block: Expected, keys: frozenset[str]) -> None:
+    """Refuse a block that is not exactly one program with exactly `keys`.
+
+    Raises:
+        ConfigError: says what is wrong with it.
+    """
+    from supervisor.options import UnhosedConfigParser
+
+    parser = UnhosedConfigParser()
+    try:
+        parser.read_string(block.text)
+    except configparser.Error as error:
+        raise ConfigError(f"the block of {block.name} does not parse: {error}") from None
+    sections = parser.sections()
+    if sections != [f"program:{block.name}"] or parser.defaults():
+        raise ConfigError(
+            f"the block of {block.name} has the sections {sections!a}, where only "
+            f"[program:{block.name}] may stand"
+        )
+    found = frozenset(parser.options(sections[0]))
+    if found != keys:
+        odd = ", ".join(sorted(found ^ keys))
+        raise ConfigError(f"the block of {block.name} lacks, or must not have: {odd}")
+
+
+def parse_back(main: Path, candidates: Path, blocks: Sequence[Expected]) -> None:
+    """Have supervisord's own parser read the main file with `candidates` for its conf.d.
+
+    Raises:
+        ConfigError: the configuration does not parse, or a block came back as something else.
+    """
+    from supervisor.options import ServerOptions
+
+    options = ServerOptions()
+    options.configfile = str(main)
+    options.here = str(main.parent)
+    try:
+        root = options.read_config(_Named(_with_candidates(main, candidates), str(main)))
+    except (ValueError, configparser.Error, OSError) as error:
+        problem = " ".join(str(error).replace(str(candidates), str(main.parent / "conf.d")).split())
+        raise ConfigError(f"supervisord would not read the configuration: {problem}") from None
+    found = {group.name: group for group in root.process_group_configs}
+    for block in blocks:
+        _compare(block, found.get(block.name))
+
+
+def _with_candidates(main: Path, candidates: Path) -> str:
+    """The main file's text, including `candidates` instead of its own conf.d."""
+    from supervisor.options import UnhosedConfigParser
+
+    text = main.read_text(encoding="utf-8")
+    parser = UnhosedConfigParser()
+    parser.read_string(text)
+    if not parser.has_option("include", "files"):
+        raise ConfigError(f"{main}: [include] files = conf.d/*.conf is missing")
+    own = main.parent / "conf.d"
+    patterns = []
+    for pattern in parser.get("include", "files").split():
+        path = os.path.normpath(os.path.join(main.parent, pattern))
+        ours = os.path.dirname(path) == str(own)
+        patterns.append(str(candidates / os.path.basename(path)) if ours else path)
+    return f"{text}\n[include]\nfiles = {' '.join(patterns)}\n"
+
+
+def _compare(block: Expected, group: Any) -> None:
+    """What was meant × what supervisord understood."""
+    if group is None or len(group.process_configs) != 1:
+        raise ConfigError(f"supervisord does not find the program {block.name} in its block")
+    process = group.process_configs[0]
+    environment = dict(process.environment)
+    meant: dict[str, tuple[object, object]] = {
+        "name": (block.name, process.name),
+        "command": (block.command, tuple(shlex.split(process.command))),
+        "environment": (
+            dict(block.environment),
+            {key: environment.get(key) for key in block.environment},
+        ),
+        "stdout_logfile": (block.log_file, process.stdout_logfile),
+        "autostart": (False, process.autostart),
+        "autorestart": (False, process.autorestart),
+        "stopasgroup": (False, process.stopasgroup),
+        "killasgroup": (True, process.killasgroup),
+    }
+    for key, (wanted, found) in meant.items():
+        if wanted != found:
+            raise ConfigError(
+                f"supervisord reads {key} of {block.name} as {found!a}, not as {wanted!a}"
+            )

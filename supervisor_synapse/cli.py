@@ -1,0 +1,333 @@
+"""The command `synapse`. Parses, calls, prints; exit status 0 success, 1 failure, 2 bad usage.
+
+Imports of what a command needs stand in the command: `synapse listen` must not pay for tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from supervisor_synapse.adapters import deployment as deployments
+from supervisor_synapse.adapters.deployment import Deployment
+from supervisor_synapse.errors import ConfigError, SynapseError
+from supervisor_synapse.version import VERSION
+
+if TYPE_CHECKING:
+    from supervisor_synapse.adapters.supervisord import Supervisord
+    from supervisor_synapse.core.model import Problem, Program, Row
+    from supervisor_synapse.core.settings import Settings
+    from supervisor_synapse.deploy import Discovery
+    from supervisor_synapse.lifecycle import Interrupts
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command."""
+    os.umask(0o077)  # what we write is the user's alone
+    parsed = _parser().parse_args(arguments)
+    try:
+        return int(parsed.run(deployments.choose(parsed.prefix), parsed))
+    except ConfigError as error:
+        for problem in error.problems:
+            print(f"synapse: {problem}", file=sys.stderr)
+        return 2
+    except SynapseError as error:
+        print(f"synapse: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # `synapse plan | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="synapse", description="Manages the life of local llama.cpp servers in supervisord."
+    )
+    parser.add_argument("--version", action="version", version=f"synapse {VERSION}")
+    parser.add_argument(
+        "--prefix", metavar="DIR",
+        help="the deployment (default: $SYNAPSE_PREFIX, else ~/.synapse)",
+    )  # fmt: skip
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any, summary: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=summary, description=summary)
+        sub.set_defaults(run=run)
+        return sub
+
+    command("init", _init, "Lay down etc/ and var/; nothing is overwritten.")
+    up = command("up", _up, "Find models, start them, and show where they answer.")
+    up.add_argument("--detach", action="store_true", help="leave them running in the background")
+    up.add_argument(
+        "--demo", action="store_true", help="generate and serve a small demonstration model"
+    )
+    command("down", _down, "Stop everything and verify that nothing is left.")
+    discover = command("discover", _discover, "Look for models; render, check and apply.")
+    discover.add_argument("--dry-run", action="store_true", help="show what would change")
+    discover.add_argument("--json", action="store_true")
+    discover.add_argument(
+        "--force", action="append", default=[], metavar="MODEL",
+        help="overwrite the hand-edited block of MODEL",
+    )  # fmt: skip
+    plan = command("plan", _plan, "Show what would start, where, with how much memory, and why.")
+    plan.add_argument("--json", action="store_true")
+    command("listen", _listen, "The event listener; run by supervisord.")
+    return parser
+
+
+def _init(deployment: Deployment, _: argparse.Namespace) -> int:
+    from supervisor_synapse import deploy
+
+    written = deploy.initialize(deployment)
+    for path in written:
+        print(f"wrote {path}")
+    if not written:
+        print(f"{deployment.prefix} is laid down already; nothing was changed")
+    return 0
+
+
+def _discover(deployment: Deployment, arguments: argparse.Namespace) -> int:
+    from supervisor_synapse import deploy, lifecycle
+
+    settings = _settings(deployment)
+    rpc = lifecycle.connect(deployment)
+    found = deploy.discover(deployment, settings, rpc, arguments.force)
+    _require_known(arguments.force, found)
+    if not arguments.json:
+        _show_discovery(found)
+    if not arguments.dry_run:
+        deploy.apply(deployment, found, rpc, _say)
+    if arguments.json:
+        print(json.dumps(_discovery_json(found, dry_run=arguments.dry_run), indent=2))
+    return 0
+
+
+def _require_known(names: Sequence[str], found: Discovery) -> None:
+    unknown = sorted(set(names) - {program.name for program in found.plan.programs})
+    if unknown:
+        raise ConfigError([f"--force {name!a}: there is no such model" for name in unknown])
+
+
+def _plan(deployment: Deployment, arguments: argparse.Namespace) -> int:
+    from supervisor_synapse import deploy, lifecycle
+
+    settings = _settings(deployment)
+    found = deploy.discover(deployment, settings, lifecycle.connect(deployment))
+    waves = found.plan.waves(settings.max_parallel)
+    if arguments.json:
+        print(json.dumps(_plan_json(found, waves), indent=2))
+        return 0
+    from supervisor_synapse import report
+
+    _show_problems(found.problems)
+    print(report.devices_table(found.devices))
+    print()
+    others = [program for program in found.plan.programs if not program.enabled]
+    if found.plan.programs:
+        print(report.plan_table(waves, others))
+    else:
+        print("No models were found.")
+    return 0
+
+
+def _up(deployment: Deployment, arguments: argparse.Namespace) -> int:
+    from supervisor_synapse import deploy, lifecycle, progress
+
+    with lifecycle.Interrupts() as interrupts:
+        for path in deploy.initialize(deployment):
+            _say(f"wrote {path}")
+        settings = _settings(deployment)
+        rpc = lifecycle.connect(deployment)
+        started_here = rpc is None
+        found = _find_or_make_models(deployment, settings, rpc, demo=arguments.demo)
+        deploy.apply(deployment, found, rpc, _say)
+        if rpc is None:
+            rpc = lifecycle.start_supervisord(deployment)
+        else:
+            _say(f"supervisord runs already (pid {rpc.pid()})")
+        expected = frozenset(program.name for program in found.plan.programs if program.enabled)
+        rows = progress.show_until_settled(rpc, interrupts, expected)
+        if not interrupts.count:
+            _show_ready(rows, deployment)
+        if arguments.detach or not started_here:
+            if not interrupts.count:
+                return _verdict(rows)
+            if not started_here:
+                return 130
+        else:
+            _say("Ctrl-C stops everything.")
+            progress.show_changes(rpc, interrupts, rows)
+        return _stop_everything(deployment, settings, interrupts)
+
+
+def _find_or_make_models(
+    deployment: Deployment, settings: Settings, rpc: Supervisord | None, *, demo: bool
+) -> Discovery:
+    """What is there; where there is nothing, a small model is generated first."""
+    from supervisor_synapse import deploy
+
+    found = deploy.discover(deployment, settings, rpc, demo=demo)
+    if not found.plan.programs:
+        path = deploy.generate_demo(settings)
+        _say(
+            f"No model was found, so a small one was generated for a first try: {path}\n"
+            "A real one: `hf download REPO FILE.gguf`, then `synapse discover`."
+        )
+        found = deploy.discover(deployment, settings, rpc, demo=demo)
+    _show_problems(found.problems)
+    return found
+
+
+def _show_ready(rows: Sequence[Row], deployment: Deployment) -> None:
+    from supervisor_synapse import report
+    from supervisor_synapse.core.model import Phase
+
+    shown = [row for row in rows if row.enabled or row.phase is not Phase.DISABLED]
+    print(report.ready_table(shown or rows))
+    hidden = len(rows) - len(shown)
+    if shown and hidden:
+        print(f"{hidden} more not enabled: `synapse plan` says why.")
+    example = next((row for row in shown if row.phase is Phase.READY), None)
+    if example is not None:
+        print(f"\nTry it:\n  {report.curl_line(example)}\n")
+    print(f"More: supervisorctl -c {deployment.main_config} models", flush=True)
+
+
+def _verdict(rows: Sequence[Row]) -> int:
+    from supervisor_synapse.core.model import Phase
+
+    return int(any(row.enabled and row.phase is not Phase.READY for row in rows))
+
+
+def _down(deployment: Deployment, _: argparse.Namespace) -> int:
+    from supervisor_synapse import lifecycle
+
+    with lifecycle.Interrupts() as interrupts:
+        return _stop_everything(deployment, _settings_or_defaults(deployment), interrupts)
+
+
+def _stop_everything(deployment: Deployment, settings: Settings, interrupts: Interrupts) -> int:
+    from supervisor_synapse import lifecycle
+
+    already = interrupts.count
+    bound = settings.stop.longest_seconds + 30.0
+    stopped = lifecycle.stop(deployment, bound, hurry=lambda: interrupts.count > already)
+    if stopped is None:
+        _say("nothing is running")
+        return 0
+    for process in stopped.left:
+        print(f"synapse: still there: {process}", file=sys.stderr)
+    if not stopped.left:
+        _say(f"stopped: {stopped.processes} processes gone in {stopped.seconds:.1f} s")
+    return int(bool(stopped.left))
+
+
+def _listen(deployment: Deployment, _: argparse.Namespace) -> int:
+    from supervisor_synapse import control
+
+    deployments.require_laid_down(deployment)
+    control.listen(deployment)
+    return 0
+
+
+def _settings(deployment: Deployment) -> Settings:
+    from supervisor_synapse import config
+
+    deployments.require_laid_down(deployment)
+    return config.load(deployment.settings)
+
+
+def _settings_or_defaults(deployment: Deployment) -> Settings:
+    """A broken synapse.conf must not keep anybody from stopping; what was applied counts."""
+    from supervisor_synapse.adapters import registry
+
+    return registry.load(deployment.registry).settings
+
+
+def _say(line: str) -> None:
+    """Words on the way; results go to stdout."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def _show_problems(problems: Sequence[Problem]) -> None:
+    for problem in problems:
+        _say(f"warning: {problem}")
+
+
+def _show_discovery(found: Discovery) -> None:
+    _show_problems(found.problems)
+    changes = found.changes
+    marks = (("+", changes.added), ("~", changes.changed), ("-", changes.removed))
+    for mark, names in marks:
+        for name in names:
+            print(f"{mark} {name}")
+    count = len(found.plan.programs)
+    if not changes:
+        print(f"{count} model{'' if count == 1 else 's'}, nothing has changed", flush=True)
+
+
+def _discovery_json(found: Discovery, *, dry_run: bool) -> dict[str, Any]:
+    changes = found.changes
+    return {
+        "models": [_program_json(program) for program in found.plan.programs],
+        "problems": _problems_json(found.problems),
+        "changes": {name: list(getattr(changes, name)) for name in changes.__dataclass_fields__},
+        "generation": found.registry.generation,
+        "dry_run": dry_run,
+    }
+
+
+def _plan_json(found: Discovery, waves: list[list[Program]]) -> dict[str, Any]:
+    return {
+        "waves": [[program.name for program in wave] for wave in waves],
+        "models": [_program_json(program) for program in found.plan.programs],
+        "devices": [
+            {"name": device.name, "total": device.total_bytes, "free": device.free_bytes}
+            for device in found.devices
+        ],
+        "engine": {"path": found.engine.path, "version": found.engine.version},
+        "problems": _problems_json(found.problems),
+    }
+
+
+def _program_json(program: Program) -> dict[str, Any]:
+    return {
+        "name": program.name,
+        "repo": program.repo,
+        "file": program.file,
+        "path": program.model_path,
+        "shards": list(program.shards),
+        "projector": program.projector_path,
+        "tier": program.tier.label,
+        "role": program.role.value,
+        "quantization": program.quantization,
+        "parameters": program.parameters,
+        "size": program.size_bytes,
+        "enabled": program.enabled,
+        "reason": program.reason,
+        "port": program.port,
+        "url": program.url,
+        "alias": program.alias,
+        "context": program.context,
+        "parallel": program.parallel,
+        "device": program.device,
+        "memory": {"estimated": program.estimate_bytes, "source": program.estimate_source},
+        "arguments": list(program.arguments),
+    }
+
+
+def _problems_json(problems: Sequence[Problem]) -> list[dict[str, str]]:
+    return [
+        {"subject": problem.subject, "reason": problem.reason, "remedy": problem.remedy}
+        for problem in problems
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

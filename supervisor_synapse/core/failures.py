@@ -1,0 +1,74 @@
+"""Why a server ended: exit status and log tail → class and evidence.
+
+llama-server exits with 1 for nearly everything; what happened stands in its log. The launcher's
+own refusals have exit statuses of their own. The texts are those of llama.cpp's builds of 2025
+and 2026.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from supervisor_synapse.core.model import FailureClass
+
+# First match wins: what is most telling comes first. A message of a failed load follows each of
+# these in the log and says less.
+_TEXTS: tuple[tuple[FailureClass, str], ...] = (
+    (FailureClass.PORT_IN_USE, r"couldn't bind HTTP server socket"),
+    (FailureClass.BAD_ARGUMENT, r"error: invalid argument|error while handling argument"
+                                r"|chat template is not supported"),
+    (FailureClass.MODEL_MISSING, r"failed to open GGUF file .*No such file"),
+    (FailureClass.OUT_OF_MEMORY, r"insufficient memory|failed to allocate|ErrorOutOfDeviceMemory"
+                                 r"|out of memory"),
+    (FailureClass.MODEL_CORRUPT, r"failed to read magic|invalid magic characters"
+                                 r"|failed to read key-value pairs|number of tensors is"
+                                 r"|exceeds maximum|only supports up to version"
+                                 r"|not within the file bounds"),
+)  # fmt: skip
+_PATTERNS = tuple((kind, re.compile(text, re.IGNORECASE)) for kind, text in _TEXTS)
+
+# The launcher's own exit statuses, see launcher.py.
+_STATUSES = {
+    64: FailureClass.BAD_ARGUMENT,
+    66: FailureClass.MODEL_MISSING,
+    72: FailureClass.BAD_ARGUMENT,
+    75: FailureClass.PORT_IN_USE,
+}
+
+_LONGEST_EVIDENCE = 300
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a process ended: its exit status, and the last of what it printed."""
+
+    exit_status: int
+    log_tail: str
+
+
+def classify(ending: Ending) -> tuple[FailureClass, str]:
+    """The class, and the line that shows it (printable, at most 300 characters)."""
+    lines = [line for line in ending.log_tail.splitlines() if line.strip()]
+    for kind, pattern in _PATTERNS:
+        for line in reversed(lines):
+            if pattern.search(line):
+                return kind, printable(line)
+    last = printable(lines[-1]) if lines else ""
+    kind = _STATUSES.get(ending.exit_status, FailureClass.CRASHED)
+    return kind, last or _describe(ending.exit_status)
+
+
+def _describe(status: int) -> str:
+    """An exit status in words; supervisord reports a death by signal as -1."""
+    if status < 0:
+        return "killed by a signal"
+    if 128 < status < 160:
+        return f"killed by signal {status - 128}"
+    return f"exit status {status}"
+
+
+def printable(text: str) -> str:
+    """Text from outside as one line fit for a terminal, a log or a page."""
+    cleaned = "".join(c if c.isprintable() else " " for c in text)
+    return " ".join(cleaned.split())[:_LONGEST_EVIDENCE]

