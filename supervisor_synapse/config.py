@@ -8,9 +8,12 @@ from __future__ import annotations
 import configparser
 import difflib
 import ipaddress
+import math
+import os
 import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -37,15 +40,26 @@ _SIZE_UNITS = {"": 1, "b": 1, "kib": 1024, "mib": 1024**2, "gib": 1024**3, "tib"
 _COUNT_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 _ARGUMENT = re.compile(r"[A-Za-z0-9_@%+=:,./\[\]{}\"*^|-]{1,1000}")
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+_MOST_BROKEN_LINES = 100
+_SECOND_MARK = "\0"  # marks the name of a section that stands twice, while reading on
+_KEYS_SHOW = "keys show in ps: "
 _OWNED_ARGUMENTS = {
-    "-m": "the model file comes from discovery", "--model": "the model file comes from discovery",
-    "--host": "set host in [synapse]", "--port": "set port here", "--api-key": "keys show in ps: "
-    "use --api-key-file", "-c": "set context here", "--ctx-size": "set context here",
-    "-np": "set parallel here", "--parallel": "set parallel here", "-a": "set alias here",
-    "--alias": "set alias here", "-ngl": "set gpu_layers here", "--gpu-layers":
-    "set gpu_layers here", "--n-gpu-layers": "set gpu_layers here", "-dev": "set device here",
-    "--device": "set device here", "--sleep-idle-seconds": "set sleep_idle_seconds here",
-}  # fmt: skip
+    option: why
+    for options, why in (
+        ("-m --model", "the model file comes from discovery"),
+        ("--host", "set host in [synapse]"),
+        ("--port", "set port here"),
+        ("-a --alias", "set alias here"),
+        ("-c --ctx-size", "set context here"),
+        ("-np --parallel", "set parallel here"),
+        ("-ngl --gpu-layers --n-gpu-layers", "set gpu_layers here"),
+        ("-dev --device", "set device here"),
+        ("--sleep-idle-seconds", "set sleep_idle_seconds here"),
+        ("--api-key", _KEYS_SHOW + "use --api-key-file"),
+        ("-hft --hf-token", _KEYS_SHOW + "set HF_TOKEN where supervisord is started"),
+    )
+    for option in options.split()
+}
 
 
 def _number_with_unit(text: str, units: Mapping[str, int], allowed: str) -> int:
@@ -101,7 +115,7 @@ def _parse_host(text: str) -> str:
 def _parse_folders(text: str) -> tuple[str, ...]:
     """One folder a line, or separated by commas; `~` is the home folder."""
     folders = [part.strip() for part in re.split(r"[,\n]", text) if part.strip()]
-    expanded = [str(Path(folder).expanduser()) for folder in folders]
+    expanded = [os.path.expanduser(folder) for folder in folders]
     for folder in expanded:
         if not Path(folder).is_absolute():
             raise ValueError(f"{folder!r} is not an absolute path")
@@ -117,9 +131,9 @@ def _parse_arguments(text: str) -> tuple[str, ...]:
                 f"{word!r} has a character that cannot stand in a program block; allowed are "
                 'letters, digits and _@%+=:,./[]{}"*^|-'
             )
-        owner = _OWNED_ARGUMENTS.get(word.split("=", 1)[0])
-        if owner is not None:
-            raise ValueError(f"{word} is not set through args: {owner}")
+        option = word.split("=", 1)[0]
+        if option in _OWNED_ARGUMENTS:
+            raise ValueError(f"{option} is not set through args: {_OWNED_ARGUMENTS[option]}")
     return tuple(words)
 
 
@@ -127,6 +141,13 @@ def _parse_name(text: str) -> str:
     if not _NAME.fullmatch(text):
         raise ValueError(f"{text!r} is not a program name ([a-z0-9][a-z0-9._-]*, at most 63)")
     return text
+
+
+def _parse_tier(text: str) -> Tier:
+    names = [tier.value for tier in Tier]
+    if text.lower() not in names:
+        raise ValueError(f"{text!r} is not a tier: {', '.join(names)}")
+    return Tier(text.lower())
 
 
 def _parse_device(text: str) -> str:
@@ -197,16 +218,10 @@ class _Tier(_Section):
     min_context: Annotated[int, Field(ge=256, le=2**24)] = 2048
     max_context: Annotated[int, Field(ge=256, le=2**24)] = 16384
 
-    @model_validator(mode="after")
-    def _ordered(self) -> _Tier:
-        if self.max_context < self.min_context:
-            raise ValueError("max_context must be at least min_context")
-        return self
-
 
 class _Model(_Section):
     enabled: Annotated[bool | None, _from_text(_auto(_parse_boolean))] = None
-    tier: Annotated[Tier | None, _from_text(_auto(lambda text: Tier(text.lower())))] = None
+    tier: Annotated[Tier | None, _from_text(_auto(_parse_tier))] = None
     alias: Annotated[str | None, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,99}$")] = None
     port: Annotated[int | None, Field(ge=1024, le=65535), _from_text(_auto(str))] = None
     context: Annotated[int | None, Field(ge=256, le=2**24), _from_text(_auto(str))] = None
@@ -262,28 +277,44 @@ def parse(text: str, source: str = "synapse.conf") -> Settings:
 
 
 def _sections(text: str, problems: list[str]) -> dict[str, dict[str, str]]:
-    """Section → key → value; what a strict reading rejects is noted, then read leniently."""
-    for strict in (True, False):
+    """Section → key → value; each line that a strict reading rejects is noted and left out."""
+    lines = text.split("\n")
+    for _ in range(_MOST_BROKEN_LINES):
         parser = configparser.RawConfigParser(
-            strict=strict, interpolation=None, inline_comment_prefixes=(";", "#"),
-            default_section="\0none",
-        )  # fmt: skip
+            interpolation=None, inline_comment_prefixes=(";", "#"), default_section="\0none"
+        )
         try:
-            parser.read_string(text)
+            parser.read_file(lines)
         except configparser.MissingSectionHeaderError as error:
-            problems.append(f"line {error.lineno}: a key stands before the first [section]")
-            return {}
+            problems.append(f"line {error.lineno}: stands before the first [section]")
+            lines[error.lineno - 1] = "#"
         except configparser.ParsingError as error:
-            problems += [f"line {line}: not `key = value`: {what}" for line, what in error.errors]
-            return {}
+            for number, _quoted in error.errors:
+                wrong = lines[number - 1].strip()[:80]
+                problems.append(f"line {number}: not `key = value`: {wrong!r}")
+                lines[number - 1] = "#"
         except configparser.DuplicateOptionError as error:
-            problems.append(f"[{error.section}] {error.option}: given twice (line {error.lineno})")
-            continue
+            section, number = _without_mark(error.section), error.lineno or 1
+            problems.append(f"[{section}] {error.option}: given twice (line {number})")
+            lines[number - 1] = "#"
         except configparser.DuplicateSectionError as error:
-            problems.append(f"[{error.section}]: stands twice (line {error.lineno}); join the two")
-            continue
-        break
-    return {name: dict(parser.items(name)) for name in parser.sections()}
+            section, number = error.section, error.lineno or 1
+            problems.append(f"[{section}]: stands twice (line {number}); join the two")
+            lines[number - 1] = f"[{section}{_SECOND_MARK}{number}]"
+        else:
+            return _joined(parser)
+    return {}
+
+
+def _without_mark(section: str) -> str:
+    return section.split(_SECOND_MARK)[0]
+
+
+def _joined(parser: configparser.RawConfigParser) -> dict[str, dict[str, str]]:
+    sections: dict[str, dict[str, str]] = {}
+    for name in parser.sections():
+        sections.setdefault(_without_mark(name), {}).update(parser.items(name))
+    return sections
 
 
 def _validated(model: type[_S], section: str, values: dict[str, str], problems: list[str]) -> _S:
@@ -302,7 +333,8 @@ def _explain(section: str, error: Any, model: type[_Section]) -> str:
         return f"{place}: unknown key{_allowed(key, model.model_fields)}"
     message = str(error["msg"]).removeprefix("Value error, ")
     given = error.get("input")
-    if isinstance(given, str) and repr(given) not in message:
+    # A message of ours quotes what it may; `args` may hold a key, which a log must not.
+    if isinstance(given, str) and error["type"] != "value_error":
         message = f"{given!r}: {message[0].lower()}{message[1:]}"
     return f"{place}: {message}"
 
@@ -316,17 +348,19 @@ def _tiers(sections: dict[str, dict[str, str]], problems: list[str]) -> tuple[Ti
     rules = []
     for section, default in _TIER_DEFAULTS.items():
         said = sections.get(section, {})
+        known = len(problems)
         given = _validated(_Tier, section, said, problems)
-        chosen = {
-            key: getattr(given if key in said else default, key) for key in _Tier.model_fields
-        }
-        if chosen["max_context"] < chosen["min_context"]:
-            problems.append(f"[{section}] max_context: must be at least min_context")
-        rules.append(TierRule(tier=default.tier, **chosen))
-    limits = [rule.max_parameters for rule in rules]
-    if any(limit is None for limit in limits[:-1]) or sorted(
-        limit for limit in limits if limit is not None
-    ) != [limit for limit in limits if limit is not None]:
+        taken = said if len(problems) == known else {}
+        rule = replace(default, **{key: getattr(given, key) for key in taken})
+        if rule.max_context < rule.min_context:
+            problems.append(
+                f"[{section}] max_context: {rule.max_context} is less than min_context "
+                f"({rule.min_context})"
+            )
+        rules.append(rule)
+    # Only the last tier may be without a limit.
+    limits = [math.inf if rule.max_parameters is None else rule.max_parameters for rule in rules]
+    if math.inf in limits[:-1] or limits != sorted(limits):
         problems.append("[tier:…] max_parameters: must grow from fast over balanced to powerful")
     return tuple(rules)
 

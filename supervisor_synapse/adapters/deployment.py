@@ -124,7 +124,7 @@ def choose(prefix: str | None) -> Deployment:
         ConfigError: the path cannot stand in supervisord's configuration.
     """
     given = prefix or os.environ.get("SYNAPSE_PREFIX") or _DEFAULT_PREFIX
-    path = Path(os.path.abspath(Path(given).expanduser()))
+    path = Path(os.path.abspath(os.path.expanduser(given)))
     if not _SAFE_PREFIX.fullmatch(str(path)) or str(path) == "/":
         raise ConfigError(
             f"cannot use the prefix {str(path)!a}: supervisord's configuration takes only ASCII "
@@ -179,8 +179,13 @@ def _create(path: Path, text: str) -> bool:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     except FileExistsError:
         return False
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        file.write(text)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+    except OSError:
+        # Half of it would never be overwritten, and supervisord would go on reading it.
+        path.unlink()
+        raise
     return True
 
 

@@ -213,7 +213,7 @@ def test_without_a_terminal_there_are_lines_and_ctrl_c_leaves_nothing(demo: Demo
 def test_ctrl_c_before_the_models_are_ready_leaves_nothing(demo: Demo) -> None:
     demo.ensure_down()
     with foreground(demo.at, "up", terminal=False) as up:
-        up.wait_for("pending")
+        up.wait_for("loading")
         up.press_ctrl_c()
         assert up.end() == 0, up.said
     assert demo.at.processes() == []
@@ -429,7 +429,6 @@ def test_what_cannot_be_served_is_reported_with_a_remedy(fleet: Fleet, repo: str
     assert len(problems) == 1, done
     assert problems[0]["reason"]
     assert problems[0]["remedy"]
-    assert repo in done.err
 
 
 def test_a_dry_run_and_a_plan_touch_nothing(fleet: Fleet) -> None:

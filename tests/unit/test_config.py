@@ -211,7 +211,7 @@ def test_an_error_names_section_key_and_what_is_allowed(
     section: str, line: str, allowed: str
 ) -> None:
     said = problem(f"{section}\n{line}\n")
-    key, value = (part.strip() for part in line.split("=", 1))
+    key = line.split("=", 1)[0].strip()
     assert said.startswith(f"synapse.conf: {section} {key}: ")
     assert allowed in said
     assert "\n" not in said
@@ -322,9 +322,9 @@ _LINES = st.lists(
 @settings(max_examples=200, deadline=None)
 @given(_LINES)
 def test_any_text_gives_settings_or_a_complaint(lines: list[str]) -> None:
+    found: Settings | tuple[str, ...]
     try:
         found = config.parse("\n".join(lines))
     except ConfigError as error:
-        assert error.problems
-    else:
-        assert isinstance(found, Settings)
+        found = error.problems
+    assert isinstance(found, Settings) or len(found) > 0

@@ -98,7 +98,7 @@ def test_what_is_no_json_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_a_writer_killed_at_any_moment_leaves_a_whole_file(tmp_path: Path) -> None:
-    """A process that writes two versions in turn is killed 20 times; each time one of them stands."""
+    """A process writing two versions in turn is killed 20 times; one of them always stands."""
     path = tmp_path / "state.json"
     script = (
         "import pathlib, sys\n"
