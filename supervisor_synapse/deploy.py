@@ -106,7 +106,7 @@ def discover(
     plan, links = _reachable(make_plan(models, settings, world), deployment, earlier.paths())
     templates = render.Templates(deployment.templates)
     around = _surroundings(deployment, settings, engine)
-    blocks, refused = _render(templates, plan.programs, around)
+    blocks, refused = _render(templates, plan.programs, around, earlier.digests())
     changes = compare(_digests(blocks), _deployed(deployment, earlier), forced)
     problems = [*found.problems, *catalog.problems, *plan.problems, *refused]
     if changes.removed and not plan.programs:
@@ -236,20 +236,26 @@ def _surroundings(
 
 
 def _render(
-    templates: render.Templates, programs: Iterable[Program], around: render.Surroundings
+    templates: render.Templates,
+    programs: Iterable[Program],
+    around: render.Surroundings,
+    checked: Mapping[str, tuple[str, ...]],
 ) -> tuple[dict[str, render.Block], list[Problem]]:
-    """Blocks by name. A program that cannot be rendered costs only itself; a template, all."""
+    """Blocks by name. A program that cannot be rendered costs only itself; a template, all.
+
+    A text with a digest in `checked` was parsed back when it was first rendered.
+    """
     blocks: dict[str, render.Block] = {}
     problems: list[Problem] = []
     for program in programs:
         block = render.render_program(templates, program, around)
-        blocks[program.name] = block
-    for block in list(blocks.values()):
         try:
-            supervisord.check_block(block, render.BLOCK_KEYS)
+            if _digest(block.text) not in checked.get(block.name, ()):
+                supervisord.check_block(block, render.BLOCK_KEYS)
         except ConfigError as error:
             problems.append(Problem(block.name, str(error), "mend etc/templates/program.conf.j2"))
-            del blocks[block.name]
+        else:
+            blocks[block.name] = block
     return blocks, problems
 
 

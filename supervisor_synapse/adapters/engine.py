@@ -24,8 +24,10 @@ _VERSION = re.compile(r"version:\s*(.+)")
 _DEVICE = re.compile(r"^\s+(\w+):\s+(.*?)\s+\((\d+) MiB, (\d+) MiB free\)\s*$", re.MULTILINE)
 
 
-def find(setting: str) -> Engine:
+def find(setting: str, answer_seconds: float = _ANSWER_SECONDS) -> Engine:
     """The engine that `engine` in synapse.conf names: a path, or `auto` (the wheel, then PATH).
+
+    It is asked what it can do, and has `answer_seconds` for each answer.
 
     Raises:
         ConfigError: there is none, or it does not run; says how to get one on this platform.
@@ -34,15 +36,14 @@ def find(setting: str) -> Engine:
     if path is None:
         raise ConfigError(f"cannot find {_NAME}: {how_to_get_one()}")
     path = os.path.expanduser(path)
-    if not os.access(path, os.X_OK) or os.path.isdir(path):
-        raise ConfigError(f"cannot run {path} (engine in synapse.conf): no such program")
+    _require_program(path)
     _require_unwritable(path)
     bundled = _bundled_libraries(path)
-    help_text = _output(path, bundled, "--help")
+    help_text = _output(path, bundled, "--help", answer_seconds)
     flags = frozenset(_FLAG.findall(help_text))
     if "--model" not in flags:
         raise ConfigError(f"cannot use {path} as the engine: its --help is not {_NAME}'s")
-    version = _VERSION.search(_output(path, bundled, "--version"))
+    version = _VERSION.search(_output(path, bundled, "--version", answer_seconds))
     return Engine(path, version[1].strip() if version else "unknown", flags, bundled)
 
 
@@ -110,23 +111,46 @@ def _bundled_libraries(path: str) -> str | None:
     return str(folder) if any(folder.glob("libvulkan.so*")) else None
 
 
+def _require_program(path: str) -> None:
+    said = f"cannot run {path} (engine in synapse.conf): "
+    if not os.path.exists(path):
+        raise ConfigError(f"{said}no such program")
+    if os.path.isdir(path):
+        raise ConfigError(f"{said}it is a folder; name the {_NAME} in it")
+    if not os.access(path, os.X_OK):
+        raise ConfigError(f"{said}it may not be executed: chmod u+x {path}")
+
+
 def _require_unwritable(path: str) -> None:
+    """Neither the program nor what its name leads to may be exchanged by just anybody.
+
+    A folder that its group may write to is where package managers put programs on some systems.
+    """
     if stat.S_IMODE(os.stat(path).st_mode) & 0o022:
         raise ConfigError(
             f"{path}: group or others may write to the engine that models are run with: "
             f"chmod go-w {path}"
         )
+    for folder in {os.path.dirname(os.path.abspath(path)), os.path.dirname(os.path.realpath(path))}:
+        mode = stat.S_IMODE(os.stat(folder).st_mode)
+        if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+            raise ConfigError(
+                f"{folder}: others may write to the folder of the engine that models are run "
+                f"with: chmod o-w {folder}"
+            )
 
 
-def _output(path: str, library_path: str | None, argument: str) -> str:
+def _output(
+    path: str, library_path: str | None, argument: str, seconds: float = _ANSWER_SECONDS
+) -> str:
     try:
         done = subprocess.run(
             [path, argument], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, timeout=_ANSWER_SECONDS, env=environment(library_path),
+            stderr=subprocess.STDOUT, timeout=seconds, env=environment(library_path),
             check=False, text=True, errors="replace",
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        raise ConfigError(f"{path} {argument} gave no answer in {_ANSWER_SECONDS:g} s") from None
+        raise ConfigError(f"{path} {argument} gave no answer in {seconds:g} s") from None
     except OSError as error:
         raise ConfigError(f"cannot run {path}: {error.strerror}; {how_to_get_one()}") from None
     if done.returncode != 0:

@@ -33,11 +33,24 @@ def append(path: Path, lines: list[Line]) -> None:
     with contextlib.suppress(FileNotFoundError):
         if path.stat().st_size > _LARGEST_BYTES:
             os.replace(path, path.with_name(path.name + ".1"))
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        os.write(descriptor, text.encode("ascii"))
+        _write(descriptor, ("\n" if _is_torn(descriptor) else "") + text)
     finally:
         os.close(descriptor)
+
+
+def _is_torn(descriptor: int) -> bool:
+    """Whether the last line has no end, as after a full disk; the next must not be glued to it."""
+    size = os.fstat(descriptor).st_size
+    return size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
+
+
+def _write(descriptor: int, text: str) -> None:
+    """All of `text`: a disk that fills up takes the first part without an error."""
+    rest = text.encode("ascii")
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]
 
 
 def _public(line: Line) -> dict[str, object]:

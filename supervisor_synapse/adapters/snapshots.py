@@ -7,10 +7,11 @@ JSON in an ASCII string has none of these.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from supervisor_synapse.core.model import Failure, ProcessState, Row, Snapshot
 from supervisor_synapse.errors import TransientError
@@ -76,11 +77,30 @@ def load(text: str) -> Snapshot:
         TransientError: the text is not such a snapshot.
     """
     try:
-        value = json.loads(text)
+        value = json.loads(text, parse_constant=_finite, parse_float=_finite)
         rows = tuple(_row(item) for item in value["models"])
         return Snapshot(float(value["at"]), rows)
-    except (ValueError, TypeError, LookupError, AttributeError, ValidationError) as error:
+    except (
+        ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError,
+    ) as error:  # fmt: skip
         raise TransientError(f"cannot read the listener's snapshot: {error}") from None
+
+
+def age_seconds(text: str) -> float | None:
+    """How long ago the plugin took the snapshot that it answers with; None: it does not say."""
+    try:
+        age = json.loads(text)["age_seconds"]
+        return float(age) if isinstance(age, int | float) and math.isfinite(age) else None
+    except (ValueError, TypeError, LookupError, OverflowError, RecursionError):
+        return None
+
+
+def _finite(text: str) -> float:
+    """A JSON number; NaN and infinities are none, though Python writes and reads them."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is not a number")
+    return number
 
 
 def _row(item: dict[str, Any]) -> Row:

@@ -17,9 +17,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from supervisor_synapse.adapters import snapshots
 from supervisor_synapse.core.model import ProcessState, Snapshot
@@ -76,9 +76,22 @@ class Reread:
     removed: frozenset[str]
 
 
+_T = TypeVar("_T")
+_PID = TypeAdapter(Annotated[int, Field(gt=0)])
 _PROCESS = TypeAdapter(Process)
 _PROCESSES = TypeAdapter(list[Process])
 _REREAD = TypeAdapter(tuple[tuple[list[str], list[str], list[str]]])
+
+
+def _validated(shape: TypeAdapter[_T], answer: object) -> _T:
+    try:
+        return shape.validate_python(answer)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise TransientError(
+            f"cannot read supervisord's answer: {where}: {first['msg']}"
+        ) from None
 
 
 class _UnixConnection(http.client.HTTPConnection):
@@ -107,9 +120,9 @@ class Supervisord:
             ShuttingDown: it is on its way out.
             TransientError: it did not answer, or not in XML-RPC.
         """
-        body = xmlrpc.client.dumps(arguments, method, allow_none=False).encode("ascii", "replace")
+        body = xmlrpc.client.dumps(arguments, method, allow_none=False)
         try:
-            reply = self._post(body)
+            reply = self._post(body.encode("ascii", "xmlcharrefreplace"))
             (answer,), _ = xmlrpc.client.loads(reply)
         except xmlrpc.client.Fault as fault:
             if fault.faultCode == Fault.SHUTDOWN_STATE:
@@ -143,26 +156,22 @@ class Supervisord:
         return True
 
     def pid(self) -> int:
-        return int(self.call("supervisor.getPID"))
+        """supervisord's own."""
+        return _validated(_PID, self.call("supervisor.getPID"))
 
     def processes(self) -> tuple[Process, ...]:
         """All processes of all groups."""
-        try:
-            return tuple(_PROCESSES.validate_python(self.call("supervisor.getAllProcessInfo")))
-        except ValidationError as error:
-            raise TransientError(f"cannot read supervisord's processes: {error}") from None
+        return tuple(_validated(_PROCESSES, self.call("supervisor.getAllProcessInfo")))
 
     def process(self, name: str) -> Process | None:
         """One process; None where supervisord knows none of that name."""
         try:
-            found: Process = _PROCESS.validate_python(self.call("supervisor.getProcessInfo", name))
+            answer = self.call("supervisor.getProcessInfo", name)
         except Refused as refused:
             if refused.code == Fault.BAD_NAME:
                 return None
             raise
-        except ValidationError as error:
-            raise TransientError(f"cannot read supervisord's process: {error}") from None
-        return found
+        return _validated(_PROCESS, answer)
 
     def publish(self, snapshot: Snapshot) -> None:
         """Hand the plugin inside supervisord what all surfaces shall show."""
@@ -187,7 +196,8 @@ class Supervisord:
         Raises:
             Refused: CANT_REREAD, with supervisord's reason; nothing has changed.
         """
-        ((added, changed, removed),) = _REREAD.validate_python(self.call("supervisor.reloadConfig"))
+        answer = self.call("supervisor.reloadConfig")
+        ((added, changed, removed),) = _validated(_REREAD, answer)
         return Reread(frozenset(added), frozenset(changed), frozenset(removed))
 
     def add(self, group: str) -> None:
@@ -268,6 +278,7 @@ def parse_back(main: Path, candidates: Path, blocks: Sequence[Expected]) -> None
     options.configfile = str(main)
     options.here = str(main.parent)
     try:
+        _require_text(main, candidates)
         root = options.read_config(_Named(_with_candidates(main, candidates), str(main)))
     except (ValueError, configparser.Error, OSError) as error:
         problem = " ".join(str(error).replace(str(candidates), str(main.parent / "conf.d")).split())
@@ -277,21 +288,33 @@ def parse_back(main: Path, candidates: Path, blocks: Sequence[Expected]) -> None
         _compare(block, found.get(block.name))
 
 
+def _require_text(main: Path, candidates: Path) -> None:
+    """supervisord's parser does not name the file that is no text."""
+    for path in (main, *sorted(candidates.glob("*.conf"))):
+        try:
+            path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not text in UTF-8: {error}") from None
+
+
 def _with_candidates(main: Path, candidates: Path) -> str:
     """The main file's text, including `candidates` instead of its own conf.d."""
     from supervisor.options import UnhosedConfigParser
 
     text = main.read_text(encoding="utf-8")
     parser = UnhosedConfigParser()
-    parser.read_string(text)
+    parser.read_string(text, str(main))
+    parser.expand_here(str(main.parent))
     if not parser.has_option("include", "files"):
         raise ConfigError(f"{main}: [include] files = conf.d/*.conf is missing")
     own = main.parent / "conf.d"
+    # Relative, as a pattern must not hold the blanks that the prefix may hold.
+    there = os.path.relpath(candidates, main.parent)
     patterns = []
     for pattern in parser.get("include", "files").split():
         path = os.path.normpath(os.path.join(main.parent, pattern))
         ours = os.path.dirname(path) == str(own)
-        patterns.append(str(candidates / os.path.basename(path)) if ours else path)
+        patterns.append(os.path.join(there, os.path.basename(path)) if ours else pattern)
     return f"{text}\n[include]\nfiles = {' '.join(patterns)}\n"
 
 

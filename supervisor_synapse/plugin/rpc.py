@@ -7,6 +7,7 @@ kept as text and handed out as text, with the states that supervisord itself kno
 from __future__ import annotations
 
 import json
+import time
 import weakref
 from typing import Any
 
@@ -24,6 +25,7 @@ class _Board:
 
     def __init__(self) -> None:
         self.snapshot: dict[str, Any] | None = None
+        self.taken_at = 0.0  # monotonic
 
 
 # supervisord makes one interface for each of its HTTP servers, and a new Supervisor at a reload.
@@ -58,26 +60,33 @@ class SynapseNamespaceRPCInterface:
             value = None
         if not isinstance(value, dict) or not isinstance(value.get("models"), list):
             raise RPCError(Faults.INCORRECT_PARAMETERS, "a snapshot is a JSON object with models")
-        self._board.snapshot = value
+        self._board.snapshot, self._board.taken_at = value, time.monotonic()
         return True
 
     def models(self) -> str:
         """What the listener knows of the models, with supervisord's states of now.
 
-        @return string  JSON object: `at` (seconds since the epoch) and `models` (as
-                        `supervisorctl models --json` lists them); empty before the listener spoke
+        @return string  JSON object: `at` (seconds since the epoch), `age_seconds` (since it was
+                        published) and `models` (as `supervisorctl models --json` lists them);
+                        empty before the listener spoke
         """
         snapshot = self._board.snapshot
         if snapshot is None:
             return ""
-        return json.dumps({**snapshot, "models": [self._live(m) for m in snapshot["models"]]})
+        age = round(time.monotonic() - self._board.taken_at, 3)
+        models = [self._live(model) for model in snapshot["models"]]
+        try:
+            return json.dumps({**snapshot, "age_seconds": age, "models": models})
+        except RecursionError:
+            raise RPCError(Faults.FAILED, "the snapshot is nested too deeply") from None
 
     def _live(self, model: Any) -> Any:
         """The model with supervisord's own state and pid of this moment."""
-        if not isinstance(model, dict):
+        name = model.get("name") if isinstance(model, dict) else None
+        if not isinstance(name, str):
             return model
-        group = self._supervisord.process_groups.get(model.get("name"))
-        process = group.processes.get(model["name"]) if group is not None else None
+        group = self._supervisord.process_groups.get(name)
+        process = group.processes.get(name) if group is not None else None
         if process is None:
             return model
         return {

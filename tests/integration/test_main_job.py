@@ -680,20 +680,24 @@ def test_a_stopped_model_stays_stopped_until_it_is_started(changing: Fleet) -> N
 
 
 @pytest.mark.real
-def test_the_real_model_joins_the_fleet_and_knows_paris(changing: Fleet, real_model: Path) -> None:
+def test_the_real_model_joins_the_fleet_and_can_count(
+    changing: Fleet, servable_model: Path
+) -> None:
     at = changing.at
     pids = at.pids()
-    unit = ("added/gemma-3-270m-GGUF", "gemma-3-270m-Q4_K_M.gguf")
-    at.hub.add(unit[0], {unit[1]: real_model})
+    quantization = "F16" if "f16" in servable_model.name else "Q4_K_M"
+    unit = ("added/gemma-3-270m-GGUF", f"gemma-3-270m-{quantization}.gguf")
+    at.hub.add(unit[0], {unit[1]: servable_model})
     found = at.discover()
     assert _units(found) == FLEET | {unit: "text"}
     (listed,) = (model for model in found["models"] if model["repo"] == unit[0])
-    assert (listed["tier"], listed["quantization"]) == ("FAST", "Q4_K_M")
+    assert (listed["tier"], listed["quantization"]) == ("FAST", quantization)
     assert 260e6 < listed["parameters"] < 440e6
     model = at.wait_for({listed["name"]: "ready"})[listed["name"]]
-    question = {"prompt": "The capital of France is", "max_tokens": 8, "temperature": 0}
+    prompt = "One, two, three, four, five, six,"
+    question = {"prompt": prompt, "max_tokens": 8, "temperature": 0}
     answer = ask(f"{model['url']}/v1/completions", question)
-    assert "Paris" in answer["choices"][0]["text"]
+    assert "seven" in answer["choices"][0]["text"]
     assert pids.items() <= at.pids().items()
 
 
