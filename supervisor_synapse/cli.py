@@ -231,8 +231,13 @@ def _stop_everything(deployment: Deployment, settings: Settings, interrupts: Int
 def _listen(deployment: Deployment, _: argparse.Namespace) -> int:
     from supervisor_synapse import control
 
+    def move_port(name: str) -> None:
+        from supervisor_synapse import deploy  # seldom needed, and not small
+
+        deploy.move_port(deployment, name)
+
     deployments.require_laid_down(deployment)
-    control.listen(deployment)
+    control.listen(deployment, move_port)
     return 0
 
 

@@ -1,8 +1,9 @@
 """The listener's loop: observe, decide, act, publish. The sole owner of changing state.
 
 Events only wake the loop; each turn reads the whole truth from supervisord and the servers. What
-waits for others (XML-RPC, probes, memory) runs on threads, so that the loop never blocks and
-stdin is always read.
+waits for others runs on threads, so that the loop never blocks and stdin is always read. What is
+remembered is written down at each change, so that whoever comes after a killed listener carries
+on; a disk that does not take it costs only that.
 """
 
 from __future__ import annotations
@@ -10,24 +11,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import random
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import TypeVar
 
 from supervisor_synapse import effects
-from supervisor_synapse.adapters import history, processes, registry
+from supervisor_synapse.adapters import history, intent, processes, registry, states
 from supervisor_synapse.adapters.deployment import Deployment
 from supervisor_synapse.adapters.events import Connection, Event
-from supervisor_synapse.adapters.http import Endpoint, Prober, Reading
 from supervisor_synapse.adapters.registry import Registry
-from supervisor_synapse.adapters.supervisord import Process, Supervisord
-from supervisor_synapse.core.arguments import Served, parse_served
+from supervisor_synapse.adapters.supervisord import Request, Supervisord
 from supervisor_synapse.core.decide import (
     Decision,
     ModelState,
@@ -37,27 +36,16 @@ from supervisor_synapse.core.decide import (
     Transition,
     decide,
 )
-from supervisor_synapse.core.failures import Ending
-from supervisor_synapse.core.model import (
-    Health,
-    Incarnation,
-    Phase,
-    ProcessState,
-    Program,
-    Row,
-    Snapshot,
-)
+from supervisor_synapse.core.model import Phase, Program, Row, Snapshot
 from supervisor_synapse.errors import ShuttingDown, TransientError
+from supervisor_synapse.observe import Observer, Wanted, Watched, planned, slots_busy, url_of
 
 _RPC_TIMEOUT_SECONDS = 5.0
 _IDLE_TICK_SECONDS = 1.0
 _BUSY_TICK_SECONDS = 0.1  # while something is on its way
-_LOADING_PROBE_SECONDS = 0.1
-_HEARTBEAT_SECONDS = 5.0  # a snapshot is published at least so often
-_MEMORY_SECONDS = 10.0
-_MOST_PROBES = 16
-_LOG_TAIL_BYTES = 16 * 1024
-_LARGEST_KEY_FILE_BYTES = 4096
+_BLIND_SECONDS = 5.0  # a turn that took longer saw too little to judge by
+_BEAT_SECONDS = 2.0  # the plugin hears from us at least so often
+_REPEAT_SECONDS = 60.0  # between two complaints about the same file
 
 _UNDER_WAY = frozenset(
     {Phase.PENDING, Phase.LOADING, Phase.DRAINING, Phase.STOPPING, Phase.VERIFYING}
@@ -65,48 +53,44 @@ _UNDER_WAY = frozenset(
 
 _log = logging.getLogger("synapse")
 
-_A = TypeVar("_A")
 _T = TypeVar("_T")
 
 
 @dataclass(slots=True)
-class _Watched:
-    """What the loop holds of one incarnation: its prober and the newest readings."""
-
-    incarnation: Incarnation
-    served: Served
-    prober: Prober
-    reading: Reading | None = None
-    probed_at: float = 0.0
-    probe: asyncio.Task[None] | None = None
-    memory_bytes: int | None = None
-    measured_at: float = 0.0
-
-
-@dataclass(slots=True)
 class _World:
-    """The registry as last read, and what it said of programs that run."""
+    """The registry as last read."""
 
     registry: Registry = field(default_factory=Registry)
     stamp: tuple[int, int] = (0, 0)  # of the file: mtime and inode
 
 
 class Listener:
-    """Brings enabled models up and tells what is. One in each supervisord."""
+    """Brings enabled models up, heals what fails, and tells what is. One in each supervisord."""
 
-    def __init__(self, deployment: Deployment, stdin: int = 0, stdout: int = 1) -> None:
+    def __init__(
+        self,
+        deployment: Deployment,
+        move_port: effects.PortMover,
+        stdin: int = 0,
+        stdout: int = 1,
+    ) -> None:
         self._deployment = deployment
         self._stdin, self._stdout = stdin, stdout
         self._rpc = Supervisord(deployment.socket, _RPC_TIMEOUT_SECONDS)
         self._rpc_thread = ThreadPoolExecutor(1, "rpc")
-        self._probe_threads = ThreadPoolExecutor(_MOST_PROBES, "probe")
+        self._disk_thread = ThreadPoolExecutor(1, "disk")
+        self._effects = effects.Effects(self._rpc, os.getppid(), move_port)
         self._wake = asyncio.Event()
+        self._observer = Observer(self._wake.set)
         self._end: str | None = None
         self._world = _World()
-        self._states: Mapping[str, ModelState] = {}
-        self._watched: dict[str, _Watched] = {}
-        self._endings: dict[str, tuple[Incarnation, Ending]] = {}
+        self._boot = states.boot_id()
+        self._states: Mapping[str, ModelState] = states.load(deployment.state, self._boot)
+        self._saved: Mapping[str, ModelState] = self._states
+        self._intent = intent.load(deployment.intent)
         self._published = (0.0, "")
+        self._looked_at = time.monotonic()
+        self._complained: dict[str, float] = {}
 
     async def run(self) -> None:
         """Until supervisord ends or stops us."""
@@ -120,6 +104,7 @@ class Listener:
             await self._turn()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), self._pause())
+        self._observer.close()
         _log.info("ended", extra={"reason": self._end})
 
     def _on_event(self, event: Event) -> None:
@@ -141,10 +126,13 @@ class Listener:
         """Observe, decide, act, publish; what fails is logged, and the next turn tries anew."""
         try:
             self._read_registry()
+            self._forgive_blindness()
+            await self._heed_requests()
             seen = await self._observe()
             decision = decide(self._states, seen, _now(), self._policy())
             self._states = decision.states
-            self._record(decision.transitions)
+            await self._remember()
+            await self._record(decision.transitions)
             await self._act(decision)
             await self._publish(seen)
         except ShuttingDown as error:
@@ -156,7 +144,7 @@ class Listener:
 
     def _policy(self) -> Policy:
         settings = self._world.registry.settings
-        return Policy(settings.max_parallel, settings.probe.failure_threshold)
+        return Policy(settings.max_parallel, settings.restart)
 
     def _read_registry(self) -> None:
         try:
@@ -167,163 +155,126 @@ class Listener:
         if stamp != self._world.stamp:
             self._world = _World(registry.load(self._deployment.registry), stamp)
 
-    # --- observe ------------------------------------------------------------------------------
+    def _forgive_blindness(self) -> None:
+        """A listener that was frozen must not hold its own absence against the servers."""
+        now = time.monotonic()
+        away, self._looked_at = now - self._looked_at, now
+        if away > _BLIND_SECONDS:
+            _log.warning("was away", extra={"seconds": f"{away:.1f}"})
+            self._observer.forgive(away)
 
     async def _observe(self) -> list[Seen]:
         found = {process.name: process for process in await self._call(self._rpc.processes)}
-        programs = [p for p in self._world.registry.programs if p.name in found]
-        self._forget(found)
-        for program in programs:
-            await self._watch(program, found[program.name])
-        self._probe_due()
-        await self._await_first_probes()
-        return [await self._see(program, found[program.name]) for program in programs]
+        programs = self._world.registry.programs
+        wanted = {program.name: self._wanted(program) for program in programs}
+        policy = self._world.registry.settings.probe
+        return await self._observer.look(programs, found, wanted, self._states, policy)
 
-    def _forget(self, found: Mapping[str, Process]) -> None:
-        """Drop what belongs to runs that are over."""
-        for name, watched in list(self._watched.items()):
-            process = found.get(name)
-            if process is None or _incarnation(process) != watched.incarnation:
-                watched.prober.close()
-                del self._watched[name]
-        for name in [name for name in self._endings if name not in found]:
-            del self._endings[name]
+    def _wanted(self, program: Program) -> Wanted:
+        """What was commanded last wins over what discovery chose."""
+        commanded = self._intent.get(program.name)
+        if commanded is None:
+            return Wanted(program.enabled, program.reason)
+        return Wanted(commanded, "enabled by command" if commanded else "disabled by command")
 
-    async def _watch(self, program: Program, process: Process) -> None:
-        """Begin to watch a run that is new."""
-        incarnation = _incarnation(process)
-        if incarnation is None or program.name in self._watched:
-            return
-        words = await self._aside(processes.command, incarnation.pid)
-        served = parse_served(words, _planned(program))
-        if served is None:
-            return  # not yet executed; the next look will tell
-        key = await self._aside(_api_key, served.api_key_file)
-        endpoint = Endpoint(_url(served), key)
-        timeout = self._world.registry.settings.probe.timeout_seconds
-        self._watched[program.name] = _Watched(incarnation, served, Prober(endpoint, timeout))
+    # --- commands ---------------------------------------------------------------------------------
 
-    def _probe_due(self) -> None:
-        """Start every probe that is due and not under way."""
-        now = time.monotonic()
-        period = self._world.registry.settings.probe.period_seconds
-        for name, watched in self._watched.items():
-            ready = watched.reading is not None and watched.reading.health is Health.READY
-            wait = period if ready else _LOADING_PROBE_SECONDS
-            if watched.probe is None and now - watched.probed_at >= wait:
-                watched.probed_at = now
-                watched.probe = asyncio.create_task(self._probe(name, watched))
+    async def _heed_requests(self) -> None:
+        """Carry out what was asked through XML-RPC, and answer; each command may come twice."""
+        for request in await self._call(self._rpc.requests):
+            ok, message = await self._heed(request)
+            _log.info("request", extra={"verb": request.verb, "model": request.model,
+                                        "answer": message})  # fmt: skip
+            await self._call(partial(self._rpc.answer, request.id, ok, message))
 
-    async def _await_first_probes(self) -> None:
-        """A run that has never been probed is judged only after a first answer, if it is quick."""
-        first = [w.probe for w in self._watched.values() if w.reading is None and w.probe]
-        if first:
-            await asyncio.wait(first, timeout=_BUSY_TICK_SECONDS)
-
-    async def _probe(self, name: str, watched: _Watched) -> None:
-        loop = asyncio.get_running_loop()
+    async def _heed(self, request: Request) -> tuple[bool, str]:
+        if request.verb not in ("enable", "disable"):
+            return False, f"{request.verb}: this listener knows no such command"
+        names = {program.name for program in self._world.registry.programs}
+        if request.model not in names:
+            return False, f"{request.model}: there is no such model"
+        enable = request.verb == "enable"
+        wish = {**self._intent, request.model: enable}
+        kept = {name: value for name, value in wish.items() if name in names}
         try:
-            reading = await loop.run_in_executor(
-                self._probe_threads,
-                lambda: watched.prober.probe(with_slots=not watched.served.sleeps),
-            )
-            if watched.reading is None or reading.health is not watched.reading.health:
-                self._wake.set()
-            watched.reading = reading
-            await self._measure(watched)
-        except Exception:
-            _log.exception("probe failed", extra={"model": name})
-        finally:
-            watched.probe = None
+            await self._to_disk(partial(intent.save, self._deployment.intent, kept))
+        except OSError as error:
+            return False, f"{request.model}: cannot write it down: {error.strerror}"
+        self._intent = kept
+        state = self._states.get(request.model, ModelState())
+        changed = replace(state, resume=enable, is_by_hand=False)
+        self._states = {**self._states, request.model: changed}
+        return True, f"{request.model}: {request.verb}d"
 
-    async def _measure(self, watched: _Watched) -> None:
-        """The memory of the run, now and then; often while it loads."""
-        now = time.monotonic()
-        ready = watched.reading is not None and watched.reading.health is Health.READY
-        if now - watched.measured_at >= (_MEMORY_SECONDS if ready else _BUSY_TICK_SECONDS):
-            watched.measured_at = now
-            pid = watched.incarnation.pid
-            watched.memory_bytes = await self._aside(processes.resident_bytes, pid)
-
-    async def _see(self, program: Program, process: Process) -> Seen:
-        watched = self._watched.get(program.name)
-        reading = watched.reading if watched else None
-        return Seen(
-            name=program.name,
-            enabled=program.enabled,
-            state=process.state,
-            incarnation=_incarnation(process),
-            fresh=not process.start,
-            health=reading.health if reading else Health.UNKNOWN,
-            busy=bool(reading and reading.slots_busy),
-            ending=await self._ending(process),
-            spawn_error=process.spawnerr,
-        )
-
-    async def _ending(self, process: Process) -> Ending | None:
-        """How a process ended, read once for each run."""
-        if process.state is not ProcessState.EXITED:
-            return None
-        run = Incarnation(0, process.start)
-        known = self._endings.get(process.name)
-        if known is None or known[0] != run:
-            tail = await self._aside(_log_tail, Path(process.logfile))
-            known = (run, Ending(process.exitstatus, tail))
-            self._endings[process.name] = known
-        return known[1]
-
-    # --- act and tell ---------------------------------------------------------------------------
+    # --- act and tell -----------------------------------------------------------------------------
 
     async def _act(self, decision: Decision) -> None:
         for action in decision.actions:
-            refusal = await self._call(partial(effects.perform, action, self._rpc))
+            refusal = await self._call(partial(self._effects.perform, action))
             if refusal:
-                _log.warning("start refused", extra={"model": action.name, "reason": refusal})
+                _log.warning(
+                    "refused",
+                    extra={
+                        "action": type(action).__name__, "model": action.name, "reason": refusal,
+                    },
+                )  # fmt: skip
         if decision.actions:
             self._wake.set()
 
-    def _record(self, transitions: Iterable[Transition]) -> None:
-        """History and log: one line for each transition."""
-        lines = []
-        for change in transitions:
-            before = change.before.value if change.before else None
-            lines.append(
-                history.Line(
-                    time.time(), change.model, before, change.after.value, change.reason,
-                    change.evidence,
-                )
-            )  # fmt: skip
-            _log.info(
-                "transition",
-                extra={
-                    "model": change.model, "from": before, "to": change.after.value,
-                    "reason": change.reason, "evidence": change.evidence,
-                },
-            )  # fmt: skip
+    async def _remember(self) -> None:
+        """Write down what the listener after us must know; a full disk costs only that."""
+        if self._states == self._saved:
+            return
+        current = self._states
         try:
-            if lines:
-                history.append(self._deployment.history, lines)
+            await self._to_disk(partial(states.save, self._deployment.state, self._boot, current))
+            self._saved = current
         except OSError as error:
-            _log.warning("history not written", extra={"reason": error.strerror})
+            self._complain("state not written", error)
+
+    async def _record(self, transitions: Iterable[Transition]) -> None:
+        """History and log: one line for each transition."""
+        at = time.time()
+        lines = [_line(change, at) for change in transitions]
+        for line in lines:
+            _log.info("transition", extra=_words(line))
+        if not lines:
+            return
+        try:
+            await self._to_disk(partial(history.append, self._deployment.history, lines))
+        except OSError as error:
+            self._complain("history not written", error)
+
+    def _complain(self, what: str, error: OSError) -> None:
+        """Once a minute: a full disk must not be filled with complaints about it."""
+        now = time.monotonic()
+        if now - self._complained.get(what, -_REPEAT_SECONDS) >= _REPEAT_SECONDS:
+            self._complained[what] = now
+            _log.warning(what, extra={"reason": error.strerror})
 
     async def _publish(self, seen: Iterable[Seen]) -> None:
+        """Hand the plugin what is new; where nothing is, a sign of life."""
         rows = self._rows(seen)
         now = time.monotonic()
-        at, digest = self._published
+        at, newest_before = self._published
         newest = repr(rows)
-        under_way = any(row.phase in _UNDER_WAY for row in rows)
-        if newest == digest and now - at < _HEARTBEAT_SECONDS and not under_way:
+        if newest != newest_before:
+            await self._call(partial(self._rpc.publish, Snapshot(time.time(), rows)))
+        elif now - at >= _BEAT_SECONDS:
+            await self._call(self._rpc.beat)
+        else:
             return
-        snapshot = Snapshot(time.time(), rows)
-        await self._call(partial(self._rpc.publish, snapshot))
         self._published = (now, newest)
 
     def _rows(self, seen: Iterable[Seen]) -> tuple[Row, ...]:
         programs = {program.name: program for program in self._world.registry.programs}
         generation = self._world.registry.generation
+        now = time.monotonic()
         return tuple(
-            _row(programs[one.name], one, self._states[one.name], self._watched.get(one.name),
-                 generation)
+            _row(
+                programs[one.name], one, self._states[one.name], self._observer.watched(one.name),
+                generation, now,
+            )
             for one in seen
         )  # fmt: skip
 
@@ -331,70 +282,56 @@ class Listener:
         """On the one thread that speaks XML-RPC."""
         return await asyncio.get_running_loop().run_in_executor(self._rpc_thread, function)
 
-    async def _aside(self, function: Callable[[_A], _T], argument: _A) -> _T:
-        """On a thread, since it reads files."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._probe_threads, function, argument)
+    async def _to_disk(self, function: Callable[[], _T]) -> _T:
+        """On the one thread that writes: a slow disk delays no start."""
+        return await asyncio.get_running_loop().run_in_executor(self._disk_thread, function)
 
 
 def _now() -> Now:
-    return Now(time.monotonic(), time.time())
+    return Now(time.monotonic(), time.time(), random.random())  # noqa: S311 - not a secret
 
 
-def _incarnation(process: Process) -> Incarnation | None:
-    return Incarnation(process.pid, process.start) if process.pid else None
+def _line(change: Transition, at: float) -> history.Line:
+    run, failure = change.incarnation, change.failure
+    return history.Line(
+        at=at, model=change.model, before=change.before.value if change.before else None,
+        after=change.after.value, reason=change.reason, pid=run.pid if run else None,
+        started=run.started_at if run else None,
+        failure_class=failure.failure_class.value if failure else None,
+        evidence=failure.message if failure else "",
+    )  # fmt: skip
 
 
-def _planned(program: Program) -> Served:
-    return Served(
-        program.host, program.port, program.alias, program.context, program.parallel, None, False
-    )
-
-
-def _url(served: Served) -> str:
-    host = f"[{served.host}]" if ":" in served.host else served.host
-    return f"http://{host}:{served.port}"
-
-
-def _api_key(path: str | None) -> str | None:
-    """The first key in the server's key file."""
-    if path is None:
-        return None
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return file.read(_LARGEST_KEY_FILE_BYTES).split("\n", 1)[0].strip() or None
-    except OSError:
-        return None
-
-
-def _log_tail(path: Path) -> str:
-    """The end of a model's log."""
-    try:
-        with open(path, "rb") as file:
-            size = file.seek(0, 2)
-            file.seek(max(size - _LOG_TAIL_BYTES, 0))
-            return file.read(_LOG_TAIL_BYTES).decode("utf-8", "replace")
-    except OSError:
-        return ""
+def _words(line: history.Line) -> dict[str, object]:
+    """The same for the log, which has a time of its own."""
+    return {
+        "model": line.model, "pid": line.pid, "from": line.before, "to": line.after,
+        "reason": line.reason, "class": line.failure_class, "evidence": line.evidence,
+    }  # fmt: skip
 
 
 def _row(
-    program: Program, seen: Seen, state: ModelState, watched: _Watched | None, generation: int
+    program: Program,
+    seen: Seen,
+    state: ModelState,
+    watched: Watched | None,
+    generation: int,
+    now: float,
 ) -> Row:
-    served = watched.served if watched else _planned(program)
-    reading = watched.reading if watched else None
+    served = watched.served if watched else planned(program)
+    retry_at = state.retries.retry_at if state.phase in (Phase.BACKOFF, Phase.FAILED) else None
     return Row(
         name=program.name, repo=program.repo, file=program.file, tier=program.tier,
-        role=program.role, enabled=program.enabled, phase=state.phase, reason=state.reason,
+        role=program.role, enabled=seen.enabled, phase=state.phase, reason=state.reason,
         state=seen.state, pid=seen.incarnation.pid if seen.incarnation else 0, port=served.port,
-        url=_url(served), alias=served.alias, context=served.context, parallel=served.parallel,
+        url=url_of(served), alias=served.alias, context=served.context, parallel=served.parallel,
         device=program.device, estimated_bytes=program.estimate_bytes,
         estimate_source=program.estimate_source,
         measured_bytes=watched.memory_bytes if watched else None,
-        slots_busy=reading.slots_busy if reading else None, slots_total=served.parallel,
+        slots_busy=slots_busy(watched) if watched else None, slots_total=served.parallel,
         restarts=state.restarts, ready_seconds=state.ready_seconds if seen.incarnation else None,
         generation=generation, trial=False, last_failure=state.last_failure,
-        next_retry_seconds=None,
+        next_retry_seconds=None if retry_at is None else round(max(retry_at - now, 0.0)),
     )  # fmt: skip
 
 
@@ -421,10 +358,14 @@ def _shown(value: object) -> str:
     return text if text.isascii() and text.isprintable() and " " not in text else ascii(text)
 
 
-def listen(deployment: Deployment) -> None:
+def listen(deployment: Deployment, move_port: effects.PortMover) -> None:
     """Run the listener on stdin and stdout, as supervisord starts it. Logs go to stderr."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_KeyValueFormatter())
     _log.addHandler(handler)
     _log.setLevel(logging.INFO)
-    asyncio.run(Listener(deployment).run())
+    processes.die_with_parent()  # also when frozen, where no end of stdin would be noticed
+    asyncio.run(Listener(deployment, move_port).run())
+    # What is still out on a thread (a question to a silent server) must not hold up the end.
+    sys.stderr.flush()
+    os._exit(0)

@@ -38,7 +38,16 @@ from supervisor_synapse.adapters.registry import Entry, Registry
 from supervisor_synapse.adapters.supervisord import Supervisord
 from supervisor_synapse.core.catalog import Model, build_catalog
 from supervisor_synapse.core.model import Device, Engine, Phase, Problem, ProcessState, Program
-from supervisor_synapse.core.plan import Changes, Deployed, Plan, World, compare, make_plan
+from supervisor_synapse.core.plan import (
+    Changes,
+    Deployed,
+    Plan,
+    World,
+    compare,
+    make_plan,
+    repo_file,
+    with_port,
+)
 from supervisor_synapse.core.settings import Settings
 from supervisor_synapse.errors import ApplyError, ConfigError, ShuttingDown, TransientError
 
@@ -353,6 +362,59 @@ def apply(
         if rpc is not None:
             _tell_supervisord(rpc, discovery, report)
         _drop_old_links(deployment, discovery.links)
+
+
+def move_port(deployment: Deployment, name: str) -> None:
+    """Give one program, which does not run, another free port; all else stays as it was applied.
+
+    Raises:
+        ConfigError: its port is not ours to choose, or there is none left.
+        ApplyError, TransientError: it could not be carried out.
+    """
+    earlier = registry.load(deployment.registry)
+    settings = earlier.settings
+    program = next((program for program in earlier.programs if program.name == name), None)
+    if program is None:
+        raise ConfigError(f"{name}: there is no such model")
+    if settings.for_model(name, repo_file(program)).port is not None:
+        raise ConfigError(f"{name}: port {program.port} is set in synapse.conf, and is taken")
+    moved = with_port(program, _free_port(earlier))
+    engine = engines.find(settings.engine)
+    around = _surroundings(deployment, settings, engine)
+    block = render.render_program(render.Templates(deployment.templates), moved, around)
+    changes = compare({name: _digest(block.text)}, _only(name, _deployed(deployment, earlier)))
+    if not changes.changed:
+        raise ConfigError(f"{name}: its block was edited by hand: choose another port there")
+    programs = tuple(moved if one.name == name else one for one in earlier.programs)
+    entry = earlier.entries[program.key]
+    entry = replace(
+        entry, choice=replace(entry.choice, port=moved.port),
+        digests=registry.with_digest(entry.digests, _digest(block.text)),
+    )  # fmt: skip
+    entries = {**earlier.entries, program.key: entry}
+    after = replace(earlier, entries=entries, programs=programs, generation=earlier.generation + 1)
+    discovery = Discovery(
+        plan=Plan(programs, after.choices(), ()), blocks={name: block}, links={}, changes=changes,
+        problems=(), engine=engine, devices=(), registry=after, switched_on=(), switched_off=(),
+    )  # fmt: skip
+    apply(deployment, discovery, Supervisord(deployment.socket), lambda line: None)
+
+
+def _only(name: str, deployed: Mapping[str, Deployed]) -> dict[str, Deployed]:
+    return {key: value for key, value in deployed.items() if key == name}
+
+
+def _free_port(earlier: Registry) -> int:
+    """The first port of the range that no model of ours has and no stranger listens on."""
+    settings = earlier.settings
+    taken = {choice.port for choice in earlier.choices().values()}
+    is_free = _port_check(settings.host, set())
+    for port in range(settings.first_port, settings.last_port + 1):
+        if port not in taken and is_free(port):
+            return port
+    raise ConfigError(
+        f"no port is left in {settings.first_port}-{settings.last_port}: widen port_range"
+    )
 
 
 def _parse_back(deployment: Deployment, discovery: Discovery, written: list[render.Block]) -> None:

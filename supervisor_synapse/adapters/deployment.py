@@ -70,6 +70,10 @@ class Deployment:
         return self.lib / "intent.json"
 
     @property
+    def state(self) -> Path:
+        return self.lib / "state.json"
+
+    @property
     def headers(self) -> Path:
         return self.lib / "headers.json"
 

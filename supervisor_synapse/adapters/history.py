@@ -13,14 +13,20 @@ _LARGEST_BYTES = 10 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One transition; `at` is wall clock, seconds since the epoch."""
+    """One transition; `at` is wall clock, seconds since the epoch.
+
+    `pid` and `started` (supervisord's wall clock) name the incarnation, where there is one.
+    """
 
     at: float
     model: str
     before: str | None
     after: str
     reason: str
-    evidence: str
+    pid: int | None = None
+    started: int | None = None
+    failure_class: str | None = None
+    evidence: str = ""
 
 
 def append(path: Path, lines: list[Line]) -> None:
@@ -29,7 +35,7 @@ def append(path: Path, lines: list[Line]) -> None:
     Raises:
         OSError: nothing, or only some of it, was written; readers skip a torn line.
     """
-    text = "".join(json.dumps(_public(line)) + "\n" for line in lines)
+    text = "".join(json.dumps(public(line)) + "\n" for line in lines)
     with contextlib.suppress(FileNotFoundError):
         if path.stat().st_size > _LARGEST_BYTES:
             os.replace(path, path.with_name(path.name + ".1"))
@@ -53,8 +59,11 @@ def _write(descriptor: int, text: str) -> None:
         rest = rest[os.write(descriptor, rest) :]
 
 
-def _public(line: Line) -> dict[str, object]:
+def public(line: Line) -> dict[str, object]:
+    """The object that stands in the file."""
+    run = None if line.pid is None else {"pid": line.pid, "started": line.started}
     return {
-        "when": line.at, "model": line.model, "from": line.before, "to": line.after,
-        "reason": line.reason, "evidence": line.evidence,
+        "when": line.at, "model": line.model, "incarnation": run, "from": line.before,
+        "to": line.after, "reason": line.reason, "class": line.failure_class,
+        "evidence": line.evidence,
     }  # fmt: skip

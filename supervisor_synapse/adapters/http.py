@@ -1,21 +1,52 @@
-"""Probes of llama-server over HTTP. A failed probe is a value, never an exception.
+"""Questions to llama-server over HTTP. A failed probe is a value, never an exception.
 
-A probe goes to the host it was given and nowhere else: no redirect is followed, no proxy is used,
-and no more than 1 MiB is read within the deadline.
+A question goes to the host it was given and nowhere else: no redirect is followed, no proxy is
+used, and no more than 1 MiB is read within the deadline. *Quick* questions are bounded by the
+probe timeout; *patient* ones by the stall time, since a server may answer them only between two
+batches.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import requests
 
-from supervisor_synapse.core.model import Health
+from supervisor_synapse.core.model import Health, Role
+from supervisor_synapse.core.probes import Activity
 
 _LARGEST_ANSWER_BYTES = 1024 * 1024
+_MOST_SLOTS = 1024
+
+_SILENT = -1
+_REFUSED = -2
+_HEALTH = {
+    200: Health.READY, 503: Health.LOADING, _SILENT: Health.SILENT, _REFUSED: Health.REFUSED,
+}  # fmt: skip
+
 _METRIC = re.compile(r"^llamacpp:(\w+)(?:\{[^}]*\})? ([0-9.eE+-]+)$", re.MULTILINE)
+# Counters of llama-server's /metrics that move when something was computed.
+_MOVING_METRICS = ("n_decode_total", "prompt_tokens_total", "tokens_predicted_total")
+# The same in /slots; builds differ in what they show and where.
+_MOVING_SLOT_KEYS = frozenset(
+    {
+        "id_task", "n_decoded", "n_past", "n_remain", "n_prompt_tokens",
+        "n_prompt_tokens_processed", "n_tokens",
+    }
+)  # fmt: skip
+
+# What makes a model compute one token, by what it is for.
+_CANARIES: Mapping[Role, tuple[str, Mapping[str, object]]] = {
+    Role.EMBEDDING: ("/v1/embeddings", {"input": "a"}),
+    Role.RERANKER: ("/v1/rerank", {"query": "a", "documents": ["a"]}),
+}
+_COMPLETION: tuple[str, Mapping[str, object]] = (
+    "/completion", {"prompt": "a", "n_predict": 1, "temperature": 0},
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,50 +58,83 @@ class Endpoint:
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
-    """What one probe found. None: not known, which is no failure."""
+class Told:
+    """How a patient question came back. Answered without an activity: the server does not tell."""
 
-    health: Health
-    seconds: float
-    slots_busy: int | None = None
+    answered: bool
+    activity: Activity | None = None
 
 
 class Prober:
-    """Asks one server; keeps its connection. For one thread at a time."""
+    """Asks one server and keeps its connections. One thread at a time for each kind of question."""
 
-    def __init__(self, endpoint: Endpoint, timeout_seconds: float) -> None:
+    def __init__(self, endpoint: Endpoint, timeout_seconds: float, patience_seconds: float) -> None:
         self.endpoint = endpoint
         self._timeout_seconds = timeout_seconds
-        self._session = requests.Session()
-        self._session.trust_env = False
-        if endpoint.api_key is not None:
-            self._session.headers["Authorization"] = f"Bearer {endpoint.api_key}"
+        self._patience_seconds = patience_seconds
+        self._quick = _session(endpoint)
+        self._patient = _session(endpoint)
+        self._counters = "/metrics"
 
-    def probe(self, *, with_slots: bool) -> Reading:
-        """Readiness by /health, and how many slots are busy by /metrics."""
-        begun = time.monotonic()
-        status, _ = self._get("/health")
-        health = _HEALTH.get(status, Health.BROKEN)
-        seconds = time.monotonic() - begun
-        busy = self._slots_busy() if with_slots and health is Health.READY else None
-        return Reading(health, seconds, busy)
+    def health(self) -> Health:
+        """Whether it serves: one quick question to /health."""
+        status, _ = self._get(self._quick, "/health", self._timeout_seconds)
+        return _HEALTH.get(status, Health.BROKEN)
+
+    def is_asleep(self) -> bool:
+        """Whether it says that it sleeps. /props is the one question that does not wake it."""
+        status, body = self._get(self._quick, "/props", self._timeout_seconds)
+        if status != 200:
+            return False
+        try:
+            props = json.loads(body)
+        except (ValueError, RecursionError):
+            return False
+        return isinstance(props, dict) and props.get("is_sleeping") is True
+
+    def activity(self) -> Told:
+        """What its slots do: one patient question to /metrics, or to /slots where that is off."""
+        status, body = self._get(self._patient, self._counters, self._patience_seconds)
+        if status not in (200, 503) and status >= 0 and self._counters == "/metrics":
+            self._counters = "/slots"
+            status, body = self._get(self._patient, self._counters, self._patience_seconds)
+        if status < 0 or status == 503:
+            return Told(answered=False)
+        if status != 200:
+            return Told(answered=True)
+        parse = parse_metrics if self._counters == "/metrics" else parse_slots
+        return Told(answered=True, activity=parse(body))
+
+    def canary(self, role: Role) -> bool:
+        """Whether it answers when one token is asked for; whatever it answers, it computes or
+        says why it does not.
+        """
+        path, body = _CANARIES.get(role, _COMPLETION)
+        with _session(self.endpoint) as session:
+            status, _ = self._ask(session, "POST", path, self._patience_seconds, body)
+        return status >= 0 and status != 503
 
     def close(self) -> None:
-        self._session.close()
+        self._quick.close()
+        self._patient.close()
 
-    def _slots_busy(self) -> int | None:
-        status, body = self._get("/metrics")
-        if status != 200:
-            return None
-        return _busy(body.decode("utf-8", "replace"))
+    def _get(self, session: requests.Session, path: str, seconds: float) -> tuple[int, bytes]:
+        return self._ask(session, "GET", path, seconds)
 
-    def _get(self, path: str) -> tuple[int, bytes]:
+    def _ask(
+        self,
+        session: requests.Session,
+        method: str,
+        path: str,
+        seconds: float,
+        body: Mapping[str, object] | None = None,
+    ) -> tuple[int, bytes]:
         """Status and body; a negative status for what is no answer."""
-        deadline = time.monotonic() + self._timeout_seconds
+        deadline = time.monotonic() + seconds
         try:
-            with self._session.get(
-                self.endpoint.url + path, timeout=self._timeout_seconds, stream=True,
-                allow_redirects=False,
+            with session.request(
+                method, self.endpoint.url + path, json=body, stream=True, allow_redirects=False,
+                timeout=(min(self._timeout_seconds, seconds), seconds),
             ) as answer:  # fmt: skip
                 return answer.status_code, _bounded_body(answer, deadline)
         except requests.Timeout:
@@ -79,11 +143,12 @@ class Prober:
             return _REFUSED, b""
 
 
-_SILENT = -1
-_REFUSED = -2
-_HEALTH = {
-    200: Health.READY, 503: Health.LOADING, _SILENT: Health.SILENT, _REFUSED: Health.REFUSED,
-}  # fmt: skip
+def _session(endpoint: Endpoint) -> requests.Session:
+    session = requests.Session()
+    session.trust_env = False
+    if endpoint.api_key is not None:
+        session.headers["Authorization"] = f"Bearer {endpoint.api_key}"
+    return session
 
 
 def _bounded_body(answer: requests.Response, deadline: float) -> bytes:
@@ -97,11 +162,41 @@ def _bounded_body(answer: requests.Response, deadline: float) -> bytes:
     return body
 
 
-def _busy(text: str) -> int | None:
-    for name, value in _METRIC.findall(text):
-        if name == "requests_processing":
-            try:
-                return int(float(value))
-            except (ValueError, OverflowError):
-                return None
-    return None
+def parse_metrics(body: bytes) -> Activity | None:
+    """llama-server's Prometheus text; None where it does not say how many requests it processes."""
+    found = {}
+    for name, value in _METRIC.findall(body.decode("utf-8", "replace")):
+        try:
+            found[name] = int(float(value))
+        except (ValueError, OverflowError):
+            continue
+    busy = found.get("requests_processing")
+    if busy is None or busy < 0:
+        return None
+    return Activity(busy, tuple(found.get(name, 0) for name in _MOVING_METRICS))
+
+
+def parse_slots(body: bytes) -> Activity | None:
+    """llama-server's list of slots; None where it is none."""
+    try:
+        slots = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(slots, list) or not all(isinstance(slot, dict) for slot in slots):
+        return None
+    slots = slots[:_MOST_SLOTS]
+    busy = sum(slot.get("is_processing") is True for slot in slots)
+    return Activity(busy, tuple(count for slot in slots for count in _counts(slot)))
+
+
+def _counts(slot: Mapping[str, object]) -> list[int]:
+    """The moving counters of a slot, also those one level down (`next_token`)."""
+    inner = slot.get("next_token")
+    parts = [slot, *(inner if isinstance(inner, list) else [inner])]
+    return [
+        value
+        for part in parts
+        if isinstance(part, dict)
+        for key, value in part.items()
+        if key in _MOVING_SLOT_KEYS and isinstance(value, int)
+    ]

@@ -1,11 +1,16 @@
-"""Processes of this machine: what a launcher runs, and the memory that it holds."""
+"""Processes of this machine: what a launcher runs, what it holds, and how it is ended."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
+import signal
+import sys
 
 import psutil
+
+_PR_SET_PDEATHSIG = 1
 
 
 def command(pid: int) -> tuple[str, ...]:
@@ -26,6 +31,58 @@ def resident_bytes(pid: int) -> int | None:
         return process.memory_info().rss + sum(map(_rss, _descendants(process)))
     except (psutil.Error, OSError):
         return None
+
+
+def family(pid: int) -> frozenset[int]:
+    """The process and its descendants; empty where it has ended."""
+    try:
+        process = psutil.Process(pid)
+        return frozenset({pid, *(child.pid for child in _descendants(process))})
+    except (psutil.Error, OSError):
+        return frozenset()
+
+
+def is_halted(pid: int) -> bool:
+    """Whether the process or one below it was stopped by a signal (SIGSTOP)."""
+    return any(_status(member) == psutil.STATUS_STOPPED for member in family(pid))
+
+
+def _status(pid: int) -> str:
+    try:
+        return str(psutil.Process(pid).status())
+    except (psutil.Error, OSError):
+        return ""
+
+
+def footprint(pid: int) -> tuple[int, int]:
+    """Resident memory and bytes read so far, of a process and its descendants: both grow while a
+    model loads. 0 where the system does not say.
+    """
+    members = family(pid)
+    return (resident_bytes(pid) or 0, sum(map(_bytes_read, members)))
+
+
+def _bytes_read(pid: int) -> int:
+    try:
+        counters = psutil.Process(pid).io_counters()  # type: ignore[attr-defined,unused-ignore]
+    except (psutil.Error, OSError, AttributeError):  # not there on macOS
+        return 0
+    return int(counters.read_bytes + getattr(counters, "read_chars", 0))
+
+
+def kill_group(pid: int, parent: int) -> bool:
+    """SIGKILL the process group that `pid` leads, if it still is the child of `parent`.
+
+    A child that was not waited for keeps its number, so that no stranger can have it.
+    """
+    try:
+        process = psutil.Process(pid)
+        if process.ppid() != parent or os.getpgid(pid) != pid:
+            return False
+        os.killpg(pid, signal.SIGKILL)
+    except (psutil.Error, OSError):
+        return False
+    return True
 
 
 def _rss(process: psutil.Process) -> int:
@@ -61,3 +118,17 @@ def _listed_children(pid: int) -> list[int]:
         with open(f"/proc/{pid}/task/{thread}/children") as file:
             found += [int(word) for word in file.read().split()]
     return found
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when its parent dies, even if it is frozen then.
+
+    Linux only; elsewhere the end of stdin must do.
+    """
+    if sys.platform != "linux":
+        return
+    parent = os.getppid()
+    zero = ctypes.c_ulong(0)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL), zero, zero, zero)
+    if os.getppid() != parent:
+        os._exit(0)

@@ -76,10 +76,20 @@ class Reread:
     removed: frozenset[str]
 
 
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A command that somebody gave through XML-RPC, and that waits for the listener."""
+
+    id: str
+    verb: str
+    model: str
+
+
 _T = TypeVar("_T")
 _PID = TypeAdapter(Annotated[int, Field(gt=0)])
 _PROCESS = TypeAdapter(Process)
 _PROCESSES = TypeAdapter(list[Process])
+_REQUESTS = TypeAdapter(list[Request])
 _REREAD = TypeAdapter(tuple[tuple[list[str], list[str], list[str]]])
 
 
@@ -89,9 +99,7 @@ def _validated(shape: TypeAdapter[_T], answer: object) -> _T:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise TransientError(
-            f"cannot read supervisord's answer: {where}: {first['msg']}"
-        ) from None
+        raise TransientError(f"cannot read supervisord's answer: {where}: {first['msg']}") from None
 
 
 class _UnixConnection(http.client.HTTPConnection):
@@ -161,7 +169,8 @@ class Supervisord:
 
     def processes(self) -> tuple[Process, ...]:
         """All processes of all groups."""
-        return tuple(_validated(_PROCESSES, self.call("supervisor.getAllProcessInfo")))
+        found = _validated(_PROCESSES, self.call("supervisor.getAllProcessInfo"))
+        return tuple(found)
 
     def process(self, name: str) -> Process | None:
         """One process; None where supervisord knows none of that name."""
@@ -176,6 +185,22 @@ class Supervisord:
     def publish(self, snapshot: Snapshot) -> None:
         """Hand the plugin inside supervisord what all surfaces shall show."""
         self.call("synapse.publish", snapshots.dump(snapshot))
+
+    def beat(self) -> None:
+        """Tell the plugin that the listener lives, and that nothing has changed."""
+        self.call("synapse.beat")
+
+    def requests(self) -> tuple[Request, ...]:
+        """The commands that wait, oldest first."""
+        text = str(self.call("synapse.requests"))
+        try:
+            return tuple(_REQUESTS.validate_json(text))
+        except ValidationError as error:
+            raise TransientError(f"cannot read what was asked for: {error}") from None
+
+    def answer(self, request: str, ok: bool, message: str) -> None:
+        """Answer a command; it waits no longer."""
+        self.call("synapse.answer", request, ok, message)
 
     def snapshot(self) -> Snapshot | None:
         """What the listener published last, with the states of now; None before it did."""

@@ -38,6 +38,10 @@ _STATUSES = {
 
 _LONGEST_EVIDENCE = 300
 
+# The launcher says this when it starts (launcher.py); what stands before is of an earlier run.
+_START_MARK = "synapse-run: start:"
+_ABORTED = 128 + 6
+
 
 @dataclass(frozen=True, slots=True)
 class Ending:
@@ -47,16 +51,27 @@ class Ending:
     log_tail: str
 
 
-def classify(ending: Ending) -> tuple[FailureClass, str]:
-    """The class, and the line that shows it (printable, at most 300 characters)."""
-    lines = [line for line in ending.log_tail.splitlines() if line.strip()]
+def classify(ending: Ending, *, was_ready: bool = False) -> tuple[FailureClass, str]:
+    """The class, and the line that shows it (printable, at most 300 characters).
+
+    A server that aborts without a word while it loads has found no memory.
+    """
+    lines = _lines_of_last_run(ending.log_tail)
     for kind, pattern in _PATTERNS:
         for line in reversed(lines):
             if pattern.search(line):
                 return kind, printable(line)
     last = printable(lines[-1]) if lines else ""
     kind = _STATUSES.get(ending.exit_status, FailureClass.CRASHED)
+    if ending.exit_status == _ABORTED and not was_ready:
+        kind = FailureClass.OUT_OF_MEMORY
     return kind, last or _describe(ending.exit_status)
+
+
+def _lines_of_last_run(log_tail: str) -> list[str]:
+    lines = [line for line in log_tail.splitlines() if line.strip()]
+    starts = [number for number, line in enumerate(lines) if line.startswith(_START_MARK)]
+    return lines[starts[-1] + 1 :] if starts else lines
 
 
 def _describe(status: int) -> str:

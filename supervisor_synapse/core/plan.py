@@ -7,7 +7,7 @@ what it was made from is the same, so that looking twice changes nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from supervisor_synapse.core.arguments import Serving, embedding_batch, server_arguments
 from supervisor_synapse.core.catalog import Model
@@ -85,7 +85,14 @@ class _Fit:
     fits: bool
 
 
-def repo_file(model: Model) -> str:
+def with_port(program: Program, port: int) -> Program:
+    """The same program on another port."""
+    words = list(program.arguments)
+    words[words.index("--port") + 1] = str(port)
+    return replace(program, port=port, arguments=tuple(words))
+
+
+def repo_file(model: Model | Program) -> str:
     """What `[model:GLOB]` matches beside the program name."""
     return f"{model.repo}/{model.file}" if model.repo else model.file
 

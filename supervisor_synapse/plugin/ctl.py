@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 import xmlrpc.client
 from collections.abc import Callable
 from http import HTTPStatus
@@ -15,16 +16,19 @@ from supervisor.supervisorctl import ControllerPluginBase, LSBInitExitStatuses
 from supervisor.xmlrpc import Faults
 
 from supervisor_synapse.adapters import snapshots
+from supervisor_synapse.core.failures import printable
 from supervisor_synapse.errors import TransientError
 
-_STALE_SECONDS = 15.0  # the listener reports every 5 s
+_STALE_SECONDS = 10.0  # the listener gives a sign of life every 2 s
+_ANSWER_SECONDS = 15.0  # a listener that was just restarted takes a few
+_POLL_SECONDS = 0.05
 _LOOK = "Look at `status synapse` and var/log/synapse.log."
 
 _Say = Callable[[str], None]
 
 
 class SynapseControllerPlugin(ControllerPluginBase):  # type: ignore[misc]  # untyped base
-    """Adds `models` to supervisorctl."""
+    """Adds `models`, `enable` and `disable` to supervisorctl."""
 
     name = "synapse"
 
@@ -37,7 +41,7 @@ class SynapseControllerPlugin(ControllerPluginBase):  # type: ignore[misc]  # un
         wanted = [name for name in names if name != "--json"]
         unknown_flags = [name for name in wanted if name.startswith("-")]
         if unknown_flags:
-            self.ctl.output(f"Error: models does not know {ascii(unknown_flags[0])[1:-1]}")
+            self.ctl.output(f"Error: models does not know {printable(unknown_flags[0])}")
             self.help_models()
             self.ctl.exitstatus = LSBInitExitStatuses.INVALID_ARGS
             return
@@ -49,6 +53,57 @@ class SynapseControllerPlugin(ControllerPluginBase):  # type: ignore[misc]  # un
     def help_models(self) -> None:
         self.ctl.output("models [NAME ...]\t\tShow the models and why they are as they are.")
         self.ctl.output("models --json [NAME ...]\tThe same for programs.")
+
+    def do_enable(self, arg: str) -> None:
+        self._command("enable", arg)
+
+    def help_enable(self) -> None:
+        self.ctl.output("enable NAME ...\t\tBring models up, now and after every restart.")
+
+    def do_disable(self, arg: str) -> None:
+        self._command("disable", arg)
+
+    def help_disable(self) -> None:
+        self.ctl.output(
+            "disable NAME ...\tStop models, and keep them stopped also after a restart."
+        )
+
+    def _command(self, verb: str, arg: str) -> None:
+        """Give a command for each name; say what became of it."""
+        names = arg.split()
+        if not names:
+            self.ctl.output(f"Error: {verb} requires the name of a model")
+            self.ctl.onecmd(f"help {verb}")
+            self.ctl.exitstatus = LSBInitExitStatuses.INVALID_ARGS
+            return
+        for name in names:
+            command = self._ask(verb, self.ctl.output, name, about=name)
+            if command is not None:
+                self._await_result(name, command)
+
+    def _await_result(self, name: str, command: str) -> None:
+        deadline = time.monotonic() + _ANSWER_SECONDS
+        while time.monotonic() < deadline:
+            text = self._ask("result", self.ctl.output, command, about=name)
+            if text is None:
+                return
+            if text:
+                self._say_result(name, text)
+                return
+            time.sleep(_POLL_SECONDS)
+        self._fail(f"{name}: ERROR (the listener does not answer). {_LOOK}", self.ctl.output)
+
+    def _say_result(self, name: str, text: str) -> None:
+        try:
+            answer = json.loads(text)
+            ok, message = bool(answer["ok"]), str(answer["message"])
+        except (ValueError, KeyError, TypeError):
+            self._fail(f"{name}: ERROR (cannot read the answer)", self.ctl.output)
+            return
+        if ok:
+            self.ctl.output(printable(message))
+        else:
+            self._fail(message, self.ctl.output)
 
     def _show(self, text: str, wanted: list[str], say: _Say, *, as_json: bool) -> None:
         try:
@@ -68,7 +123,7 @@ class SynapseControllerPlugin(ControllerPluginBase):  # type: ignore[misc]  # un
         elif text and not rows:
             self.ctl.output("No models. `synapse discover` looks for some.")
         for name in missing if text else ():
-            self._fail(f"{ascii(name)[1:-1]}: ERROR (no such model)", say)
+            self._fail(f"{name}: ERROR (no such model)", say)
         self._tell_age(text, say)
         if wanted and not text:
             self.ctl.exitstatus = LSBInitExitStatuses.GENERIC
@@ -81,15 +136,17 @@ class SynapseControllerPlugin(ControllerPluginBase):  # type: ignore[misc]  # un
         elif age is not None and age > _STALE_SECONDS:
             say(f"The listener last reported {age:.0f} s ago: this may be outdated. {_LOOK}")
 
-    def _ask(self, method: str, say: _Say) -> str | None:
+    def _ask(self, method: str, say: _Say, *arguments: str, about: str = "") -> str | None:
         """What a method of our namespace answers; None where it failed, which was said."""
         url = self.ctl.options.serverurl
         try:
-            namespace = self.ctl.get_server_proxy().synapse
-            return str(getattr(namespace, method)())
+            with self.ctl.get_server_proxy() as proxy:
+                return str(getattr(proxy.synapse, method)(*arguments))
         except xmlrpc.client.Fault as fault:
             if fault.faultCode == Faults.UNKNOWN_METHOD:
                 self._fail("supervisord runs without [rpcinterface:synapse]", say)
+            elif fault.faultCode == Faults.BAD_NAME and about:
+                self._fail(f"{about}: ERROR (no such model)", say)
             else:
                 self._fail(str(fault.faultString), say)
         except xmlrpc.client.ProtocolError as error:
@@ -104,7 +161,7 @@ class SynapseControllerPlugin(ControllerPluginBase):  # type: ignore[misc]  # un
         return None
 
     def _fail(self, message: str, say: _Say) -> None:
-        say(message)
+        say(printable(message))
         self.ctl.exitstatus = LSBInitExitStatuses.GENERIC
 
 

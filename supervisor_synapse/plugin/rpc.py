@@ -1,31 +1,41 @@
-"""`[rpcinterface:synapse]`, inside supervisord: hands over snapshots, and stops models together.
+"""`[rpcinterface:synapse]`, inside supervisord: hands over snapshots and commands, stops models
+together, and looks after the listener.
 
 Nothing here does I/O, waits, or raises: supervisord has one thread. What the listener publishes is
-kept as text and handed out as text, with the states that supervisord itself knows filled in.
+kept and handed out, with the states that supervisord itself knows filled in. A command is kept
+until the listener has carried it out; who gave it asks for the answer.
 """
 
 from __future__ import annotations
 
 import json
 import time
+import traceback
 import weakref
+from dataclasses import asdict
 from typing import Any
 
 from supervisor import events
 from supervisor.states import ProcessStates, getProcessStateDescription
 from supervisor.xmlrpc import Faults, RPCError
 
-API_VERSION = "1.0"
+from supervisor_synapse.plugin.mailbox import Answer, Full, Mailbox
+from supervisor_synapse.plugin.watchdog import Watchdog
+
+API_VERSION = "1.1"
 
 _LARGEST_SNAPSHOT_CHARACTERS = 8 * 1024 * 1024
+_LONGEST_MESSAGE = 1000
 
 
 class _Board:
     """What is known in one supervisord; shared by all its HTTP servers."""
 
-    def __init__(self) -> None:
+    def __init__(self, supervisord: Any) -> None:
         self.snapshot: dict[str, Any] | None = None
         self.taken_at = 0.0  # monotonic
+        self.mailbox = Mailbox()
+        self.watchdog = Watchdog(supervisord)
 
 
 # supervisord makes one interface for each of its HTTP servers, and a new Supervisor at a reload.
@@ -61,7 +71,80 @@ class SynapseNamespaceRPCInterface:
         if not isinstance(value, dict) or not isinstance(value.get("models"), list):
             raise RPCError(Faults.INCORRECT_PARAMETERS, "a snapshot is a JSON object with models")
         self._board.snapshot, self._board.taken_at = value, time.monotonic()
+        self._board.watchdog.hear()
         return True
+
+    def beat(self) -> bool:
+        """The listener lives, and its last snapshot still holds.
+
+        @return boolean  always True
+        """
+        if self._board.snapshot is not None:
+            self._board.snapshot["at"] = time.time()
+            self._board.taken_at = time.monotonic()
+        self._board.watchdog.hear()
+        return True
+
+    def enable(self, name: str) -> str:
+        """Bring a model up, now and after every restart, until it is disabled.
+
+        @param string name  a model
+        @return string      id of the command, for result()
+        """
+        return self._command("enable", name)
+
+    def disable(self, name: str) -> str:
+        """Stop a model, and keep it stopped also after a restart, until it is enabled.
+
+        @param string name  a model
+        @return string      id of the command, for result()
+        """
+        return self._command("disable", name)
+
+    def result(self, command: str) -> str:
+        """What became of a command.
+
+        @param string command  its id
+        @return string         empty while it waits; then a JSON object: `ok` and `message`
+        """
+        if not isinstance(command, str) or not self._board.mailbox.is_known(command):
+            raise RPCError(Faults.BAD_NAME, "there is no such command")
+        answer = self._board.mailbox.answer_to(command)
+        return "" if answer is None else json.dumps(asdict(answer))
+
+    def requests(self) -> str:
+        """The commands that wait; for the listener.
+
+        @return string  JSON list of objects: `id`, `verb`, `model`
+        """
+        return json.dumps([asdict(command) for command in self._board.mailbox.waiting()])
+
+    def answer(self, command: str, ok: bool, message: str) -> bool:
+        """What became of a command; from the listener.
+
+        @param string command   its id
+        @param boolean ok       whether it was carried out
+        @param string message   a line for a person
+        @return boolean         always True
+        """
+        answer = Answer(bool(ok), str(message)[:_LONGEST_MESSAGE])
+        self._board.mailbox.answer(str(command), answer)
+        return True
+
+    def _command(self, verb: str, name: object) -> str:
+        if not isinstance(name, str) or not self._is_model(name):
+            raise RPCError(Faults.BAD_NAME, "there is no such model")
+        try:
+            command = self._board.mailbox.post(verb, name)
+        except Full:
+            raise RPCError(Faults.FAILED, "the listener takes no commands now") from None
+        events.notify(events.RemoteCommunicationEvent("synapse", verb))  # wakes it
+        return command
+
+    def _is_model(self, name: str) -> bool:
+        group = self._supervisord.process_groups.get(name)
+        process = group.processes.get(name) if group is not None else None
+        return process is not None and _is_model(process)
 
     def models(self) -> str:
         """What the listener knows of the models, with supervisord's states of now.
@@ -100,10 +183,11 @@ def make_rpcinterface(supervisord: Any, **config: Any) -> SynapseNamespaceRPCInt
     """Called by supervisord, once for each of its HTTP servers."""
     board = _boards.get(supervisord)
     if board is None:
-        board = _boards[supervisord] = _Board()
+        board = _boards[supervisord] = _Board(supervisord)
         events.subscribe(
             events.SupervisorStoppingEvent, lambda event: _stop_models_together(supervisord)
         )
+        events.subscribe(events.Tick5Event, board.watchdog.on_tick)
     return SynapseNamespaceRPCInterface(supervisord, board)
 
 
@@ -112,7 +196,15 @@ def _stop_models_together(supervisord: Any) -> None:
     for group in list(supervisord.process_groups.values()):
         for process in list(group.processes.values()):
             if _is_model(process) and process.get_state() in _STOPPABLE:
-                process.stop()
+                _stop(supervisord, process)
+
+
+def _stop(supervisord: Any, process: Any) -> None:
+    """Whatever another subscriber does upon it, supervisord goes on to stop the rest itself."""
+    try:
+        process.stop()
+    except Exception:
+        supervisord.options.logger.critical(traceback.format_exc())
 
 
 _STOPPABLE = (ProcessStates.RUNNING, ProcessStates.STARTING)

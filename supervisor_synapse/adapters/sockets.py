@@ -1,0 +1,39 @@
+"""Who listens on a port: llama-server shares a port without a word (SO_REUSEPORT), and a stranger
+that was there first answers probes just as well.
+"""
+
+from __future__ import annotations
+
+import psutil
+
+from supervisor_synapse.adapters import processes
+
+
+def foreign_listener(port: int, pid: int) -> str:
+    """Who else than `pid` and its descendants listens on `port`; "" where nobody is known to.
+
+    Other users' processes show their sockets on Linux, not their names; elsewhere they may be
+    hidden altogether.
+    """
+    ours = processes.family(pid)
+    try:
+        listeners = [
+            connection
+            for connection in psutil.net_connections(kind="tcp")
+            if connection.status == psutil.CONN_LISTEN and connection.laddr[1:2] == (port,)
+        ]
+    except (psutil.Error, OSError):
+        return ""  # not for us to see on this system: no evidence
+    for connection in listeners:
+        if connection.pid not in ours:
+            return _describe(connection.pid)
+    return ""
+
+
+def _describe(pid: int | None) -> str:
+    if pid is None:
+        return "a process of another user"
+    try:
+        return f"{psutil.Process(pid).name()!a} (pid {pid})"
+    except psutil.Error:
+        return f"pid {pid}"

@@ -1,0 +1,373 @@
+"""What the listener sees of each model: supervisord's word, the server's answers, the evidence.
+
+Every run that is up is tended by a task of its own, which asks it quick and patient questions (see
+core/probes.py) and keeps what they add up to. What waits for others runs on threads, bounded in
+number, so that a silent server holds up nobody but itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+from supervisor_synapse.adapters import processes, sockets
+from supervisor_synapse.adapters.http import Endpoint, Prober
+from supervisor_synapse.adapters.supervisord import Process
+from supervisor_synapse.core import probes
+from supervisor_synapse.core.arguments import Served, parse_served
+from supervisor_synapse.core.decide import ModelState, Seen
+from supervisor_synapse.core.failures import Ending
+from supervisor_synapse.core.model import Health, Incarnation, ProcessState, Program
+from supervisor_synapse.core.probes import Liveness, Verdict
+from supervisor_synapse.core.settings import ProbePolicy
+
+_LOADING_PROBE_SECONDS = 0.1
+_LONG_LOADING_PROBE_SECONDS = 0.5
+_LONG_LOADING_SECONDS = 5.0
+_SHORTEST_PAUSE_SECONDS = 0.05
+_FIRST_ANSWER_SECONDS = 0.1
+_FOOTPRINT_SECONDS = 0.25
+_MEMORY_SECONDS = 10.0
+_PATIENCE_MARGIN_SECONDS = 10.0  # a patient question outlives the verdict that it leads to
+_MOST_QUICK = 16
+_MOST_PATIENT = 64
+_MOST_ASIDE = 4
+_LOG_TAIL_BYTES = 16 * 1024
+_LARGEST_KEY_FILE_BYTES = 4096
+
+_ENDED = frozenset({ProcessState.EXITED, ProcessState.FATAL})
+
+_log = logging.getLogger("synapse")
+
+_A = TypeVar("_A")
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Whether a model shall run, and why or why not."""
+
+    enabled: bool
+    why: str
+
+
+@dataclass(slots=True)
+class Watched:
+    """One run that is up: what it was told, and what it has shown."""
+
+    incarnation: Incarnation
+    served: Served
+    prober: Prober
+    live: Liveness
+    since: float
+    memory_bytes: int | None = None
+    measured_at: float = 0.0
+    answered: asyncio.Event = field(default_factory=asyncio.Event)  # or failed to, once
+    tending: asyncio.Task[None] | None = None
+    asking: asyncio.Task[None] | None = None  # the patient question that is out
+    canary: asyncio.Task[None] | None = None
+
+    def end(self) -> None:
+        """Ask no more; what is out ends with its deadline."""
+        for task in (self.tending, self.asking, self.canary):
+            if task is not None:
+                task.cancel()
+        self.prober.close()
+
+
+class Observer:
+    """Watches every run that is up. For one event loop."""
+
+    def __init__(self, wake: Callable[[], None]) -> None:
+        self._wake = wake
+        self._quick = ThreadPoolExecutor(_MOST_QUICK, "quick")
+        self._patient = ThreadPoolExecutor(_MOST_PATIENT, "patient")
+        self._aside = ThreadPoolExecutor(_MOST_ASIDE, "aside")
+        self._policy = ProbePolicy()
+        self._watched: dict[str, Watched] = {}
+        self._endings: dict[str, tuple[int, Ending]] = {}
+
+    def watched(self, name: str) -> Watched | None:
+        return self._watched.get(name)
+
+    async def look(
+        self,
+        programs: Iterable[Program],
+        found: Mapping[str, Process],
+        wanted: Mapping[str, Wanted],
+        states: Mapping[str, ModelState],
+        policy: ProbePolicy,
+    ) -> list[Seen]:
+        """What there is now of each program that supervisord knows."""
+        self._policy = policy
+        known = [program for program in programs if program.name in found]
+        self._forget({program.name: found[program.name] for program in known})
+        for program in known:
+            await self._watch(program, found[program.name], states.get(program.name))
+        await self._await_first_answers()
+        return [
+            await self._see(program, found[program.name], wanted[program.name]) for program in known
+        ]
+
+    def forgive(self, seconds: float) -> None:
+        """Nobody looked for so long: what was not seen is no evidence."""
+        for watched in self._watched.values():
+            watched.live = probes.forgive(watched.live, seconds, time.monotonic())
+
+    def close(self) -> None:
+        for watched in self._watched.values():
+            watched.end()
+        for pool in (self._quick, self._patient, self._aside):
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    # --- runs that begin and end ------------------------------------------------------------------
+
+    def _forget(self, found: Mapping[str, Process]) -> None:
+        """Drop what belongs to runs that are over."""
+        for name, watched in list(self._watched.items()):
+            process = found.get(name)
+            if process is None or incarnation_of(process) != watched.incarnation:
+                watched.end()
+                del self._watched[name]
+        for name in [name for name in self._endings if name not in found]:
+            del self._endings[name]
+
+    async def _watch(self, program: Program, process: Process, state: ModelState | None) -> None:
+        """Begin to watch a run that is new, or new to us."""
+        incarnation = incarnation_of(process)
+        if incarnation is None or program.name in self._watched:
+            return
+        words = await self._on(self._aside, processes.command, incarnation.pid)
+        served = parse_served(words, planned(program))
+        if served is None:
+            return  # not yet executed; the next look will tell
+        key = await self._on(self._aside, _api_key, served.api_key_file)
+        now = time.monotonic()
+        patience = self._policy.stall_seconds + _PATIENCE_MARGIN_SECONDS
+        prober = Prober(Endpoint(url_of(served), key), self._policy.timeout_seconds, patience)
+        was_ready = bool(state and state.was_ready and state.incarnation == incarnation)
+        live = probes.begin(now, was_ready=was_ready)
+        watched = Watched(incarnation, served, prober, live, now)
+        watched.tending = asyncio.create_task(self._tend(program, process, watched))
+        self._watched[program.name] = watched
+
+    async def _await_first_answers(self) -> None:
+        """A run that was never asked is judged only after a first answer, if that is quick."""
+        first = [one.answered.wait() for one in self._watched.values() if not one.answered.is_set()]
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.gather(*first), _FIRST_ANSWER_SECONDS)
+
+    # --- questions --------------------------------------------------------------------------------
+
+    async def _tend(self, program: Program, process: Process, watched: Watched) -> None:
+        """Ask one run again and again, until it is forgotten."""
+        while True:
+            begun = time.monotonic()
+            before = self._verdict(watched)
+            try:
+                await self._ask(program, process, watched)
+            except Exception:
+                _log.exception("probe failed", extra={"model": program.name})
+            watched.answered.set()
+            if self._verdict(watched) is not before:
+                self._wake()
+            pause = self._pause(watched) - (time.monotonic() - begun)
+            await asyncio.sleep(max(pause, _SHORTEST_PAUSE_SECONDS))
+
+    def _verdict(self, watched: Watched) -> Verdict:
+        return probes.judge(watched.live, time.monotonic(), self._policy)[0]
+
+    def _pause(self, watched: Watched) -> float:
+        if watched.live.was_ready:
+            return self._policy.period_seconds
+        if time.monotonic() - watched.since < _LONG_LOADING_SECONDS:
+            return min(_LOADING_PROBE_SECONDS, self._policy.period_seconds)
+        return min(_LONG_LOADING_PROBE_SECONDS, self._policy.period_seconds)
+
+    async def _ask(self, program: Program, process: Process, watched: Watched) -> None:
+        if not watched.live.was_ready:
+            await self._ask_health(watched)
+            await self._measure(process, watched)
+            return
+        await self._measure(process, watched)
+        if watched.served.sleeps and await self._on(self._quick, Prober.is_asleep, watched.prober):
+            watched.live = probes.on_sleep(watched.live, time.monotonic())
+            return
+        if not await self._ask_activity(watched):
+            await self._ask_health(watched)
+        self._ask_for_a_token(program, watched)
+
+    async def _ask_health(self, watched: Watched) -> None:
+        health = await self._on(self._quick, Prober.health, watched.prober)
+        if health is Health.READY and not watched.live.was_ready:
+            port, pid = watched.served.port, watched.incarnation.pid
+            foreign = await self._on(self._aside, partial(sockets.foreign_listener, port), pid)
+            watched.live = replace(watched.live, foreign=foreign)
+        watched.live = probes.on_health(watched.live, health, time.monotonic())
+        if health is Health.SILENT:
+            pid = watched.incarnation.pid
+            halted = await self._on(self._aside, processes.is_halted, pid)
+            watched.live = replace(watched.live, is_halted=halted)
+
+    async def _ask_activity(self, watched: Watched) -> bool:
+        """Whether the counters came soon, which is as good as an answer of /health."""
+        if watched.asking is not None:
+            return False
+        watched.live = probes.on_asked(watched.live, time.monotonic())
+        watched.asking = asyncio.create_task(self._await_activity(watched))
+        soon = min(self._policy.timeout_seconds, self._policy.period_seconds) / 2
+        await asyncio.wait([watched.asking], timeout=soon)
+        return watched.asking is None and watched.live.activity is not None
+
+    async def _await_activity(self, watched: Watched) -> None:
+        asked_at = time.monotonic()
+        try:
+            told = await self._on(self._patient, Prober.activity, watched.prober)
+        finally:
+            watched.asking = None
+        now = time.monotonic()
+        if not told.answered:
+            watched.live = replace(probes.on_unanswered(watched.live), activity=None)
+            return
+        watched.live = probes.on_activity(watched.live, told.activity, now)
+        if told.activity is not None and now - asked_at <= self._policy.timeout_seconds:
+            watched.live = probes.on_health(watched.live, Health.READY, now)
+
+    def _ask_for_a_token(self, program: Program, watched: Watched) -> None:
+        """A model that may sleep is never asked: that would wake it, or keep it awake."""
+        served = watched.served
+        interval = probes.canary_seconds(self._policy, served.parallel)
+        now = time.monotonic()
+        if served.sleeps or not probes.wants_canary(watched.live, now, interval):
+            return
+        watched.live = probes.on_canary(watched.live, now)
+        watched.canary = asyncio.create_task(self._await_token(program, watched))
+
+    async def _await_token(self, program: Program, watched: Watched) -> None:
+        answered = await self._on(
+            self._patient, partial(Prober.canary, role=program.role), watched.prober
+        )
+        now = time.monotonic()
+        watched.live = probes.on_canary_answer(watched.live, now, answered=answered)
+
+    async def _measure(self, process: Process, watched: Watched) -> None:
+        """The memory of the run now and then; while it loads, whether anything grows."""
+        now = time.monotonic()
+        ready = watched.live.was_ready
+        if now - watched.measured_at < (_MEMORY_SECONDS if ready else _FOOTPRINT_SECONDS):
+            return
+        watched.measured_at = now
+        pid = watched.incarnation.pid
+        if ready:
+            watched.memory_bytes = await self._on(self._aside, processes.resident_bytes, pid)
+            return
+        memory, read = await self._on(self._aside, processes.footprint, pid)
+        logged = await self._on(self._aside, _size, process.logfile)
+        watched.memory_bytes = memory
+        watched.live = probes.on_footprint(watched.live, (memory, read, logged), time.monotonic())
+
+    # --- what was seen ----------------------------------------------------------------------------
+
+    async def _see(self, program: Program, process: Process, wanted: Wanted) -> Seen:
+        watched = self._watched.get(program.name)
+        verdict, reason = Verdict.UNKNOWN, ""
+        if watched is not None:
+            verdict, reason = probes.judge(watched.live, time.monotonic(), self._policy)
+        return Seen(
+            name=program.name, enabled=wanted.enabled, why=wanted.why, state=process.state,
+            incarnation=incarnation_of(process), run=process.start,
+            age_seconds=max(process.now - process.start, 0), verdict=verdict,
+            verdict_reason=reason, busy=bool(watched and slots_busy(watched)),
+            ending=await self._ending(process), spawn_error=process.spawnerr,
+            file_stamp=await self._file_stamp(program, process),
+        )  # fmt: skip
+
+    async def _ending(self, process: Process) -> Ending | None:
+        """How a process ended, read once for each run."""
+        if process.state is not ProcessState.EXITED:
+            return None
+        known = self._endings.get(process.name)
+        if known is None or known[0] != process.start:
+            tail = await self._on(self._aside, _log_tail, Path(process.logfile))
+            known = (process.start, Ending(process.exitstatus, tail))
+            self._endings[process.name] = known
+        return known[1]
+
+    async def _file_stamp(self, program: Program, process: Process) -> int:
+        if process.state not in _ENDED:
+            return 0
+        return await self._on(self._aside, _stamp, program.model_path)
+
+    async def _on(self, pool: Executor, function: Callable[[_A], _T], argument: _A) -> _T:
+        return await asyncio.get_running_loop().run_in_executor(pool, function, argument)
+
+
+def incarnation_of(process: Process) -> Incarnation | None:
+    """The run that is up now."""
+    return Incarnation(process.pid, process.start) if process.pid else None
+
+
+def planned(program: Program) -> Served:
+    """What a program's server will be told."""
+    return Served(
+        program.host, program.port, program.alias, program.context, program.parallel, None, False
+    )
+
+
+def url_of(served: Served) -> str:
+    host = f"[{served.host}]" if ":" in served.host else served.host
+    return f"http://{host}:{served.port}"
+
+
+def slots_busy(watched: Watched) -> int | None:
+    """Slots that work for others; our own question for a token is not counted."""
+    activity = watched.live.activity
+    if activity is None:
+        return None
+    return max(activity.busy - (watched.live.canary_at is not None), 0)
+
+
+def _api_key(path: str | None) -> str | None:
+    """The first key in the server's key file."""
+    if path is None:
+        return None
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read(_LARGEST_KEY_FILE_BYTES).split("\n", 1)[0].strip() or None
+    except OSError:
+        return None
+
+
+def _size(path: str) -> int:
+    with contextlib.suppress(OSError):
+        return os.stat(path).st_size
+    return 0
+
+
+def _stamp(path: str) -> int:
+    """Changes when the file does; 0 where there is none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return 0
+    return status.st_mtime_ns ^ (status.st_size << 1) ^ (status.st_ino << 2)
+
+
+def _log_tail(path: Path) -> str:
+    """The end of a model's log."""
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, 2)
+            file.seek(max(size - _LOG_TAIL_BYTES, 0))
+            return file.read(_LOG_TAIL_BYTES).decode("utf-8", "replace")
+    except OSError:
+        return ""

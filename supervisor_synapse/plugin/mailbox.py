@@ -1,0 +1,78 @@
+"""Commands on their way to the listener, and its answers on their way back; in memory, bounded.
+
+A command waits until the listener has answered it, so one that died over it finds it again. So
+the listener must carry out each as if it might come twice.
+"""
+
+from __future__ import annotations
+
+import itertools
+import secrets
+from collections import OrderedDict
+from dataclasses import dataclass
+
+_MOST_WAITING = 256
+_MOST_ANSWERS = 1024
+
+
+class Full(Exception):
+    """The listener has not taken anything for a long time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """What somebody asked for."""
+
+    id: str
+    verb: str
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What became of it, in a line for a person."""
+
+    ok: bool
+    message: str
+
+
+class Mailbox:
+    """One in each supervisord."""
+
+    def __init__(self) -> None:
+        # An id of an earlier supervisord must not name a command of this one.
+        self._era = secrets.token_hex(4)
+        self._numbers = itertools.count(1)
+        self._waiting: OrderedDict[str, Command] = OrderedDict()
+        self._answers: OrderedDict[str, Answer] = OrderedDict()
+
+    def post(self, verb: str, model: str) -> str:
+        """The id under which the answer will be found.
+
+        Raises:
+            Full: too many wait already.
+        """
+        if len(self._waiting) >= _MOST_WAITING:
+            raise Full
+        command = Command(f"{self._era}-{next(self._numbers)}", verb, model)
+        self._waiting[command.id] = command
+        return command.id
+
+    def waiting(self) -> list[Command]:
+        """Oldest first."""
+        return list(self._waiting.values())
+
+    def answer(self, command: str, answer: Answer) -> None:
+        """The listener has done with it."""
+        if self._waiting.pop(command, None) is None:
+            return
+        self._answers[command] = answer
+        while len(self._answers) > _MOST_ANSWERS:
+            self._answers.popitem(last=False)
+
+    def is_known(self, command: str) -> bool:
+        return command in self._waiting or command in self._answers
+
+    def answer_to(self, command: str) -> Answer | None:
+        """None while it waits."""
+        return self._answers.get(command)
