@@ -88,7 +88,8 @@ class Listener:
         self._states: Mapping[str, ModelState] = states.load(deployment.state, self._boot)
         self._saved: Mapping[str, ModelState] = self._states
         self._intent = intent.load(deployment.intent)
-        self._published = (0.0, "")
+        self._published: tuple[float, tuple[Row, ...] | None] = (0.0, None)
+        self._has_requests = True  # perhaps, from before
         self._looked_at = time.monotonic()
         self._complained: dict[str, float] = {}
 
@@ -110,6 +111,8 @@ class Listener:
     def _on_event(self, event: Event) -> None:
         if event.name == "SUPERVISOR_STATE_CHANGE_STOPPING":
             self._end = "supervisord is stopping"
+        if event.name == "REMOTE_COMMUNICATION":
+            self._has_requests = True
         self._wake.set()
 
     def _on_end(self, reason: str) -> None:
@@ -164,7 +167,7 @@ class Listener:
             self._observer.forgive(away)
 
     async def _observe(self) -> list[Seen]:
-        found = {process.name: process for process in await self._call(self._rpc.processes)}
+        found = {process.name: process for process in await self._call(self._rpc.process_table)}
         programs = self._world.registry.programs
         wanted = {program.name: self._wanted(program) for program in programs}
         policy = self._world.registry.settings.probe
@@ -181,6 +184,9 @@ class Listener:
 
     async def _heed_requests(self) -> None:
         """Carry out what was asked through XML-RPC, and answer; each command may come twice."""
+        if not self._has_requests:
+            return
+        self._has_requests = False
         for request in await self._call(self._rpc.requests):
             ok, message = await self._heed(request)
             _log.info("request", extra={"verb": request.verb, "model": request.model,
@@ -256,15 +262,15 @@ class Listener:
         """Hand the plugin what is new; where nothing is, a sign of life."""
         rows = self._rows(seen)
         now = time.monotonic()
-        at, newest_before = self._published
-        newest = repr(rows)
-        if newest != newest_before:
-            await self._call(partial(self._rpc.publish, Snapshot(time.time(), rows)))
-        elif now - at >= _BEAT_SECONDS:
-            await self._call(self._rpc.beat)
-        else:
+        at, before = self._published
+        if rows == before and now - at < _BEAT_SECONDS:
             return
-        self._published = (now, newest)
+        if rows == before:
+            waiting = await self._call(self._rpc.beat)
+        else:
+            waiting = await self._call(partial(self._rpc.publish, Snapshot(time.time(), rows)))
+        self._has_requests = self._has_requests or waiting > 0
+        self._published = (now, rows)
 
     def _rows(self, seen: Iterable[Seen]) -> tuple[Row, ...]:
         programs = {program.name: program for program in self._world.registry.programs}

@@ -74,6 +74,7 @@ class Prober:
         self._patience_seconds = patience_seconds
         self._quick = _session(endpoint)
         self._patient = _session(endpoint)
+        self._prepared: dict[str, requests.PreparedRequest] = {}
         self._counters = "/metrics"
 
     def health(self) -> Health:
@@ -110,8 +111,10 @@ class Prober:
         says why it does not.
         """
         path, body = _CANARIES.get(role, _COMPLETION)
-        with _session(self.endpoint) as session:
-            status, _ = self._ask(session, "POST", path, self._patience_seconds, body)
+        question = requests.Request("POST", self.endpoint.url + path, json=body)
+        # The counters may be asked for meanwhile: the session gives each its own connection.
+        prepared = self._patient.prepare_request(question)
+        status, _ = self._ask(self._patient, prepared, self._patience_seconds)
         return status >= 0 and status != 503
 
     def close(self) -> None:
@@ -119,23 +122,22 @@ class Prober:
         self._patient.close()
 
     def _get(self, session: requests.Session, path: str, seconds: float) -> tuple[int, bytes]:
-        return self._ask(session, "GET", path, seconds)
+        prepared = self._prepared.get(path)
+        if prepared is None:  # half of what a question costs, so once
+            question = requests.Request("GET", self.endpoint.url + path)
+            prepared = self._prepared[path] = session.prepare_request(question)
+        return self._ask(session, prepared, seconds)
 
     def _ask(
-        self,
-        session: requests.Session,
-        method: str,
-        path: str,
-        seconds: float,
-        body: Mapping[str, object] | None = None,
+        self, session: requests.Session, question: requests.PreparedRequest, seconds: float
     ) -> tuple[int, bytes]:
         """Status and body; a negative status for what is no answer."""
         deadline = time.monotonic() + seconds
+        timeouts = (min(self._timeout_seconds, seconds), seconds)  # to connect, to read
         try:
-            with session.request(
-                method, self.endpoint.url + path, json=body, stream=True, allow_redirects=False,
-                timeout=(min(self._timeout_seconds, seconds), seconds),
-            ) as answer:  # fmt: skip
+            with session.send(
+                question, stream=True, allow_redirects=False, timeout=timeouts
+            ) as answer:
                 return answer.status_code, _bounded_body(answer, deadline)
         except requests.Timeout:
             return _SILENT, b""

@@ -87,6 +87,7 @@ class Request:
 
 _T = TypeVar("_T")
 _PID = TypeAdapter(Annotated[int, Field(gt=0)])
+_COUNT = TypeAdapter(Annotated[int, Field(ge=0)])
 _PROCESS = TypeAdapter(Process)
 _PROCESSES = TypeAdapter(list[Process])
 _REQUESTS = TypeAdapter(list[Request])
@@ -172,6 +173,14 @@ class Supervisord:
         found = _validated(_PROCESSES, self.call("supervisor.getAllProcessInfo"))
         return tuple(found)
 
+    def process_table(self) -> tuple[Process, ...]:
+        """All processes of all groups, by way of our plugin: what is asked every second is cheap."""
+        text = str(self.call("synapse.processes"))
+        try:
+            return tuple(_PROCESSES.validate_json(text))
+        except ValidationError as error:
+            raise TransientError(f"cannot read the process table: {printable(str(error))}") from None
+
     def process(self, name: str) -> Process | None:
         """One process; None where supervisord knows none of that name."""
         try:
@@ -182,13 +191,16 @@ class Supervisord:
             raise
         return _validated(_PROCESS, answer)
 
-    def publish(self, snapshot: Snapshot) -> None:
-        """Hand the plugin inside supervisord what all surfaces shall show."""
-        self.call("synapse.publish", snapshots.dump(snapshot))
+    def publish(self, snapshot: Snapshot) -> int:
+        """Hand the plugin what all surfaces shall show; how many commands wait."""
+        return _validated(_COUNT, self.call("synapse.publish", snapshots.dump(snapshot)))
 
-    def beat(self) -> None:
-        """Tell the plugin that the listener lives, and that nothing has changed."""
-        self.call("synapse.beat")
+    def beat(self) -> int:
+        """Tell the plugin that the listener lives, and that nothing has changed.
+
+        How many commands wait.
+        """
+        return _validated(_COUNT, self.call("synapse.beat"))
 
     def requests(self) -> tuple[Request, ...]:
         """The commands that wait, oldest first."""
@@ -196,7 +208,7 @@ class Supervisord:
         try:
             return tuple(_REQUESTS.validate_json(text))
         except ValidationError as error:
-            raise TransientError(f"cannot read what was asked for: {error}") from None
+            raise TransientError(f"cannot read the commands: {printable(str(error))}") from None
 
     def answer(self, request: str, ok: bool, message: str) -> None:
         """Answer a command; it waits no longer."""

@@ -39,7 +39,8 @@ _STATUSES = {
 _LONGEST_EVIDENCE = 300
 
 # The launcher says this when it starts (launcher.py); what stands before is of an earlier run.
-_START_MARK = "synapse-run: start:"
+_START_MARK = "synapse-run: start: pid="
+_PLAIN_END = "synapse-run: ended by itself: server=exit "  # says less than the line before it
 _ABORTED = 128 + 6
 
 
@@ -61,7 +62,8 @@ def classify(ending: Ending, *, was_ready: bool = False) -> tuple[FailureClass, 
         for line in reversed(lines):
             if pattern.search(line):
                 return kind, printable(line)
-    last = printable(lines[-1]) if lines else ""
+    telling = [line for line in lines if not line.startswith(_PLAIN_END)]
+    last = printable(telling[-1]) if telling else ""
     kind = _STATUSES.get(ending.exit_status, FailureClass.CRASHED)
     if ending.exit_status == _ABORTED and not was_ready:
         kind = FailureClass.OUT_OF_MEMORY

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import fcntl
+import http.client as http_client
 import json
 import os
 import pty
@@ -23,11 +24,12 @@ import subprocess
 import sys
 import tempfile
 import termios
+import threading
 import time
 import urllib.error
 import urllib.request
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -239,6 +241,11 @@ class Deployment:
         """What `discover --json` says."""
         return self.synapse("discover", "--json", *arguments, expect=expect).json()
 
+    def discover_first(self) -> Any:
+        """Lay the deployment down and discover, with supervisord not running yet."""
+        self.synapse("init")
+        return self.discover()
+
     def plan(self) -> Any:
         """What `plan --json` says."""
         return self.synapse("plan", "--json").json()
@@ -295,6 +302,40 @@ class Deployment:
         """Every transition so far, oldest first."""
         return [json.loads(line) for line in (self.log / "history.jsonl").read_text().splitlines()]
 
+    def steps(self, name: str, since: float = 0.0) -> list[Any]:
+        """The transitions of one model since a wall-clock time, oldest first."""
+        with contextlib.suppress(FileNotFoundError):
+            return [
+                step for step in self.history() if step["model"] == name and step["when"] >= since
+            ]
+        return []
+
+    def wait_for_step(
+        self, name: str, since: float, seconds: float, *, to: str = "", out_of: str = ""
+    ) -> Any:
+        """The first transition of a model since then, to or out of a phase, within `seconds`."""
+
+        def made() -> Any:
+            for step in self.steps(name, since):
+                if to in ("", step["to"]) and out_of in ("", step["from"]):
+                    return step
+            return None
+
+        left = max(since + seconds - time.time(), 0)
+        return wait_until(made, left, f"{name} {out_of} -> {to}; steps: {self.steps(name, since)}")
+
+    def start_supervisord(self) -> None:
+        """As a user starts it, without `synapse up`: nothing is discovered and nobody waits."""
+        self.run(str(BIN / "supervisord"), "-c", str(self.etc / "supervisord.conf"))
+
+    def listener(self) -> psutil.Process | None:
+        """The event listener, where one runs."""
+        for process in self.processes():
+            words = _words(process)
+            if words and words[-1] == "listen":
+                return process
+        return None
+
     def supervisord(self) -> psutil.Process:
         """The supervisord of this deployment."""
         pid = int((self.prefix / "var" / "run" / "supervisord.pid").read_text())
@@ -311,11 +352,15 @@ class Deployment:
 
     def servers(self) -> dict[str, psutil.Process]:
         """The llama-server processes, by the alias that each was given."""
-        found = {}
+        return dict(self.all_servers())
+
+    def all_servers(self) -> list[tuple[str, psutil.Process]]:
+        """The same with duplicates, should there be any: alias and process of each."""
+        found = []
         for process in self.processes():
             words = _words(process)
             if words and Path(words[0]).name == "llama-server" and "--alias" in words:
-                found[words[words.index("--alias") + 1]] = process
+                found.append((words[words.index("--alias") + 1], process))
         return found
 
     # the end
@@ -509,3 +554,149 @@ def picture() -> dict[str, object]:
     )
     url = "data:image/png;base64," + base64.b64encode(content).decode()
     return {"type": "image_url", "image_url": {"url": url}}
+
+
+# --- faults --------------------------------------------------------------------------------------
+
+_HERE = Path(__file__).parent
+_PTRACE_SEIZE, _PTRACE_INTERRUPT = 0x4206, 0x4207
+
+# Stops single threads of a process from outside. Ended threads must be waited for, or the process
+# could never be reaped; what still stands when this program ends goes on.
+_FREEZER = f"""
+import ctypes, os, select, sys
+libc = ctypes.CDLL(None, use_errno=True)
+for thread in map(int, sys.argv[1:]):
+    for request in ({_PTRACE_SEIZE}, {_PTRACE_INTERRUPT}):
+        if libc.ptrace(ctypes.c_long(request), ctypes.c_long(thread), None, None):
+            sys.exit(os.strerror(ctypes.get_errno()))
+print("frozen", flush=True)
+while not select.select([0], [], [], 0.02)[0]:
+    try:
+        os.waitpid(-1, os.WNOHANG | 0x40000000)  # __WALL
+    except ChildProcessError:
+        break
+"""
+
+
+@contextlib.contextmanager
+def frozen_threads(threads: Iterable[int]) -> Iterator[None]:
+    """Threads of another process stand still, while its other threads go on."""
+    command = [sys.executable, "-c", _FREEZER, *map(str, threads)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as freezer:
+        assert freezer.stdin is not None
+        assert freezer.stdout is not None
+        assert freezer.stdout.readline() == b"frozen\n"
+        try:
+            yield
+        finally:
+            freezer.stdin.close()
+            freezer.wait(10)
+
+
+def compute_threads(pid: int, compute: Callable[[], object]) -> list[int]:
+    """The threads of a server that did the work while `compute` ran."""
+    before = _thread_times(pid)
+    compute()
+    spent = {thread: took - before.get(thread, 0) for thread, took in _thread_times(pid).items()}
+    most = max(spent.values())
+    return [thread for thread, took in spent.items() if took > most / 4]
+
+
+def _thread_times(pid: int) -> dict[int, float]:
+    process = psutil.Process(pid)
+    return {thread.id: thread.user_time + thread.system_time for thread in process.threads()}
+
+
+class Script:
+    """What each scripted server of a deployment does; see scripted_llama_server.py."""
+
+    def __init__(self, deployment: Deployment) -> None:
+        """Writes the program that `engine` in synapse.conf can name, as `self.engine`."""
+        self._folder = deployment.root / "script"
+        self._folder.mkdir(mode=0o700)
+        self.engine = deployment.root / "llama-server"
+        program = _HERE / "scripted_llama_server.py"
+        words = f"'{sys.executable}' '{program}' --script '{self._folder}'"
+        self.engine.write_text(f'#!/bin/sh\nexec {words} "$@"\n')
+        self.engine.chmod(0o700)
+
+    def set(self, alias: str, **behaviour: object) -> None:
+        """From now on, in place of what it did."""
+        path = self._folder / f"{alias}.json"
+        new = path.with_suffix(".new")
+        new.write_text(json.dumps(behaviour))
+        new.replace(path)
+
+    def starts(self, alias: str) -> list[tuple[float, int, int]]:
+        """Wall-clock time, pid, and pid of the forked child (or 0), of each start."""
+        lines = self._lines(alias, "starts")
+        return [(float(when), int(pid), int(child)) for when, pid, child in map(str.split, lines)]
+
+    def asked(self, alias: str) -> int:
+        """How many tokens it was asked for."""
+        return len(self._lines(alias, "asked"))
+
+    def _lines(self, alias: str, kind: str) -> list[str]:
+        path = self._folder / f"{alias}.{kind}"
+        return path.read_text().splitlines() if path.exists() else []
+
+
+@contextlib.contextmanager
+def stranger_server(port: int, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A server of somebody else that answers as a llama-server in good health would."""
+    command = [sys.executable, str(_HERE / "scripted_llama_server.py"), "--script", str(folder)]
+    command += ["--model", "stranger", "--alias", "stranger"]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
+    with subprocess.Popen(command) as stranger:
+        try:
+            wait_until(lambda: answers(f"http://127.0.0.1:{port}/health"), 10, "the stranger")
+            yield stranger
+        finally:
+            stranger.kill()
+
+
+def answers(url: str, seconds: float = 2.0) -> bool:
+    """Whether a GET gets status 200 within so long."""
+    try:
+        with _OPENER.open(url, timeout=seconds) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
+class Watch:
+    """Looks again and again in a thread of its own, and keeps what it saw: (when, value)."""
+
+    def __init__(self, look: Callable[[], object], period_seconds: float = 0.2) -> None:
+        self.seen: list[tuple[float, object]] = []
+        self._look, self._period_seconds = look, period_seconds
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join(60)
+
+    def _run(self) -> None:
+        while not self._ended.is_set():
+            began = time.time()
+            self.seen.append((began, self._look()))
+            self._ended.wait(self._period_seconds)
+
+
+def lost_requests(model: Mapping[str, Any]) -> Watch:
+    """A stream of requests to a model; what was lost stands in `seen` as text, else None."""
+
+    def one() -> str | None:
+        try:
+            chat(model)
+        except (OSError, http_client.HTTPException, AssertionError, ValueError) as error:
+            return repr(error)
+        return None
+
+    return Watch(one, 0.05)
