@@ -15,6 +15,7 @@ from supervisor.supervisorctl import ControllerPluginBase, LSBInitExitStatuses
 from supervisor.xmlrpc import Faults
 
 from supervisor_synapse.adapters import snapshots
+from supervisor_synapse.core.failures import printable
 from supervisor_synapse.errors import TransientError
 
 _STALE_SECONDS = 15.0  # the listener reports every 5 s
@@ -37,7 +38,7 @@ class SynapseControllerPlugin(ControllerPluginBase):  # type: ignore[misc]  # un
         wanted = [name for name in names if name != "--json"]
         unknown_flags = [name for name in wanted if name.startswith("-")]
         if unknown_flags:
-            self.ctl.output(f"Error: models does not know {ascii(unknown_flags[0])[1:-1]}")
+            self.ctl.output(f"Error: models does not know {printable(unknown_flags[0])}")
             self.help_models()
             self.ctl.exitstatus = LSBInitExitStatuses.INVALID_ARGS
             return
@@ -68,7 +69,7 @@ class SynapseControllerPlugin(ControllerPluginBase):  # type: ignore[misc]  # un
         elif text and not rows:
             self.ctl.output("No models. `synapse discover` looks for some.")
         for name in missing if text else ():
-            self._fail(f"{ascii(name)[1:-1]}: ERROR (no such model)", say)
+            self._fail(f"{name}: ERROR (no such model)", say)
         self._tell_age(text, say)
         if wanted and not text:
             self.ctl.exitstatus = LSBInitExitStatuses.GENERIC
@@ -85,8 +86,8 @@ class SynapseControllerPlugin(ControllerPluginBase):  # type: ignore[misc]  # un
         """What a method of our namespace answers; None where it failed, which was said."""
         url = self.ctl.options.serverurl
         try:
-            namespace = self.ctl.get_server_proxy().synapse
-            return str(getattr(namespace, method)())
+            with self.ctl.get_server_proxy() as proxy:
+                return str(getattr(proxy.synapse, method)())
         except xmlrpc.client.Fault as fault:
             if fault.faultCode == Faults.UNKNOWN_METHOD:
                 self._fail("supervisord runs without [rpcinterface:synapse]", say)
@@ -104,7 +105,7 @@ class SynapseControllerPlugin(ControllerPluginBase):  # type: ignore[misc]  # un
         return None
 
     def _fail(self, message: str, say: _Say) -> None:
-        say(message)
+        say(printable(message))
         self.ctl.exitstatus = LSBInitExitStatuses.GENERIC
 
 

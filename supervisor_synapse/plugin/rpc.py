@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+import traceback
 import weakref
 from typing import Any
 
@@ -112,7 +113,15 @@ def _stop_models_together(supervisord: Any) -> None:
     for group in list(supervisord.process_groups.values()):
         for process in list(group.processes.values()):
             if _is_model(process) and process.get_state() in _STOPPABLE:
-                process.stop()
+                _stop(supervisord, process)
+
+
+def _stop(supervisord: Any, process: Any) -> None:
+    """Whatever another subscriber does upon it, supervisord goes on to stop the rest itself."""
+    try:
+        process.stop()
+    except Exception:
+        supervisord.options.logger.critical(traceback.format_exc())
 
 
 _STOPPABLE = (ProcessStates.RUNNING, ProcessStates.STARTING)
