@@ -41,6 +41,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `synapse plan | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:  # a full disk, a folder that may not be entered
+        where = f" {str(error.filename)!a}" if error.filename else ""
+        print(
+            f"synapse: cannot use{where or ' a file'}: {error.strerror or type(error).__name__}; "
+            "free disk space, or mend the permissions",
+            file=sys.stderr,
+        )
+        return 1
     except KeyboardInterrupt:
         return 130
 
@@ -152,12 +160,19 @@ def _up(deployment: Deployment, arguments: argparse.Namespace) -> int:
         else:
             _say(f"supervisord runs already (pid {rpc.pid()})")
         expected = frozenset(program.name for program in found.plan.programs if program.enabled)
+        unknown = lifecycle.unknown_to(rpc, expected)
+        for name in sorted(unknown):
+            _say(
+                f"warning: supervisord does not know {name}: [include] in "
+                f"{deployment.main_config} must name conf.d/*.conf"
+            )
+        expected -= unknown
         rows = progress.show_until_settled(rpc, interrupts, expected)
         if not interrupts.count:
             _show_ready(rows, deployment)
         if arguments.detach or not started_here:
             if not interrupts.count:
-                return _verdict(rows)
+                return _verdict(rows) or int(bool(unknown))
             if not started_here:
                 return 130
         else:

@@ -12,6 +12,7 @@ import math
 import os
 import re
 import shlex
+import stat
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -41,6 +42,8 @@ _COUNT_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 _ARGUMENT = re.compile(r"[A-Za-z0-9_@%+=:,./\[\]{}\"*^|-]{1,1000}")
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 _MOST_BROKEN_LINES = 100
+_LARGEST_BYTES = 1024 * 1024
+_LONGEST_QUOTED = 120
 _SECOND_MARK = "\0"  # marks the name of a section that stands twice, while reading on
 _KEYS_SHOW = "keys show in ps: "
 _OWNED_ARGUMENTS = {
@@ -65,7 +68,7 @@ _OWNED_ARGUMENTS = {
 def _number_with_unit(text: str, units: Mapping[str, int], allowed: str) -> int:
     match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,6})?)\s*([A-Za-z]*)", text.strip())
     if match is None or match[2].lower() not in units:
-        raise ValueError(f"{text!r} is not {allowed}")
+        raise ValueError(f"{text!a} is not {allowed}")
     return int(float(match[1]) * units[match[2].lower()])
 
 
@@ -93,15 +96,15 @@ def _parse_reserve(text: str) -> Reserve:
 def _parse_boolean(text: str) -> bool:
     answer = configparser.RawConfigParser.BOOLEAN_STATES.get(text.strip().lower())
     if answer is None:
-        raise ValueError(f"{text!r} is not true or false")
+        raise ValueError(f"{text!a} is not true or false")
     return answer
 
 
 def _parse_port_range(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d{1,5})\s*-\s*(\d{1,5})", text.strip())
+    match = re.fullmatch(r"([0-9]{1,5})\s*-\s*([0-9]{1,5})", text.strip())
     first, last = (int(match[1]), int(match[2])) if match else (0, 0)
     if not 1024 <= first <= last <= 65535:
-        raise ValueError(f"{text!r} is not a range such as 8100-8199, within 1024-65535")
+        raise ValueError(f"{text!a} is not a range such as 8100-8199, within 1024-65535")
     return first, last
 
 
@@ -109,7 +112,7 @@ def _parse_host(text: str) -> str:
     try:
         return "127.0.0.1" if text == "localhost" else str(ipaddress.ip_address(text))
     except ValueError:
-        raise ValueError(f"{text!r} is not an IP address such as 127.0.0.1") from None
+        raise ValueError(f"{text!a} is not an IP address such as 127.0.0.1") from None
 
 
 def _parse_folders(text: str) -> tuple[str, ...]:
@@ -118,17 +121,20 @@ def _parse_folders(text: str) -> tuple[str, ...]:
     expanded = [os.path.expanduser(folder) for folder in folders]
     for folder in expanded:
         if not Path(folder).is_absolute():
-            raise ValueError(f"{folder!r} is not an absolute path")
+            raise ValueError(f"{folder!a} is not an absolute path")
     return tuple(expanded)
 
 
 def _parse_arguments(text: str) -> tuple[str, ...]:
     """Words as a shell would split them; each within the allow-list of rendered tokens."""
-    words = shlex.split(text)
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise ValueError(f"cannot be split into words: {error}; balance its quotes") from None
     for word in words:
         if not _ARGUMENT.fullmatch(word):
             raise ValueError(
-                f"{word!r} has a character that cannot stand in a program block; allowed are "
+                f"{word!a} has a character that cannot stand in a program block; allowed are "
                 'letters, digits and _@%+=:,./[]{}"*^|-'
             )
         option = word.split("=", 1)[0]
@@ -139,20 +145,20 @@ def _parse_arguments(text: str) -> tuple[str, ...]:
 
 def _parse_name(text: str) -> str:
     if not _NAME.fullmatch(text):
-        raise ValueError(f"{text!r} is not a program name ([a-z0-9][a-z0-9._-]*, at most 63)")
+        raise ValueError(f"{text!a} is not a program name ([a-z0-9][a-z0-9._-]*, at most 63)")
     return text
 
 
 def _parse_tier(text: str) -> Tier:
     names = [tier.value for tier in Tier]
     if text.lower() not in names:
-        raise ValueError(f"{text!r} is not a tier: {', '.join(names)}")
+        raise ValueError(f"{text!a} is not a tier: {', '.join(names)}")
     return Tier(text.lower())
 
 
 def _parse_device(text: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9:_-]{1,40}(,[A-Za-z0-9:_-]{1,40}){0,15}", text):
-        raise ValueError(f"{text!r} is not a device such as CUDA0, Vulkan0,Vulkan1 or none")
+        raise ValueError(f"{text!a} is not a device such as CUDA0, Vulkan0,Vulkan1 or none")
     return text
 
 
@@ -248,12 +254,36 @@ def load(path: Path) -> Settings:
         ConfigError: one line for each thing that is wrong.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = _text(path)
     except FileNotFoundError:
         return Settings()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot read it: {error}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path}: cannot read it: {error.reason} at byte {error.start}; save it as UTF-8"
+        ) from None
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: cannot read it: {error.strerror}; make it a file that you may read"
+        ) from None
     return parse(text, str(path))
+
+
+def _text(path: Path) -> str:
+    """The content of a regular file of a sensible size; a named pipe is not waited for.
+
+    Raises:
+        OSError, UnicodeDecodeError: it cannot be read, or is no text.
+        ConfigError: it is something else.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(descriptor, "rb") as file:
+        info = os.fstat(descriptor)
+        if not stat.S_ISREG(info.st_mode):
+            raise ConfigError(f"{path}: is not a regular file; remove it, `synapse init` lays one")
+        content = file.read(_LARGEST_BYTES + 1)
+    if len(content) > _LARGEST_BYTES:
+        raise ConfigError(f"{path}: is larger than {_LARGEST_BYTES} bytes; remove what is no INI")
+    return content.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
 
 
 def parse(text: str, source: str = "synapse.conf") -> Settings:
@@ -291,7 +321,7 @@ def _sections(text: str, problems: list[str]) -> dict[str, dict[str, str]]:
         except configparser.ParsingError as error:
             for number, _quoted in error.errors:
                 wrong = lines[number - 1].strip()[:80]
-                problems.append(f"line {number}: not `key = value`: {wrong!r}")
+                problems.append(f"line {number}: not `key = value`: {wrong!a}")
                 lines[number - 1] = "#"
         except configparser.DuplicateOptionError as error:
             section, number = _without_mark(error.section), error.lineno or 1
@@ -335,7 +365,8 @@ def _explain(section: str, error: Any, model: type[_Section]) -> str:
     given = error.get("input")
     # A message of ours quotes what it may; `args` may hold a key, which a log must not.
     if isinstance(given, str) and error["type"] != "value_error":
-        message = f"{given!r}: {message[0].lower()}{message[1:]}"
+        quoted = given if len(given) <= _LONGEST_QUOTED else f"{given[:_LONGEST_QUOTED]}..."
+        message = f"{quoted!a}: {message[0].lower()}{message[1:]}"
     return f"{place}: {message}"
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import shutil
 import socket
 import tempfile
@@ -36,10 +37,11 @@ from supervisor_synapse.adapters.gpu import cpu
 from supervisor_synapse.adapters.header_cache import HeaderCache
 from supervisor_synapse.adapters.registry import Entry, Registry
 from supervisor_synapse.adapters.supervisord import Supervisord
-from supervisor_synapse.core.catalog import Model, build_catalog
+from supervisor_synapse.core.catalog import Model, build_catalog, printable
 from supervisor_synapse.core.model import Device, Engine, Phase, Problem, ProcessState, Program
 from supervisor_synapse.core.plan import (
     Changes,
+    Choice,
     Deployed,
     Plan,
     World,
@@ -53,6 +55,7 @@ from supervisor_synapse.errors import ApplyError, ConfigError, ShuttingDown, Tra
 
 _POLL_SECONDS = 0.05
 _SETTLE_SECONDS = 600.0  # a rolled model may load from a slow disk; then the next one goes on
+_LONGEST_REASON = 400
 _UNSETTLED = frozenset({Phase.PENDING, Phase.LOADING, Phase.STOPPING, Phase.VERIFYING})
 
 Report = Callable[[str], None]
@@ -100,15 +103,20 @@ def discover(
         ConfigError: settings, engine, templates or permissions must be mended first.
     """
     engine = engines.find(settings.engine)
+    _require_readable(deployment)
     earlier = registry.load(deployment.registry)
     running = _running(rpc, earlier)
     headers = HeaderCache(deployment.headers)
     found = hfcache.scan(settings.cache_dirs, settings.model_dirs, headers)
     catalog = build_catalog(found.files, earlier.names())
     devices = _devices(engine, running)
+    forgotten = _forgotten(deployment, catalog.models, earlier)
+    ours = {program.port for program in running}
+    if rpc is not None:
+        ours |= {choice.port for choice in forgotten.values()}
     world = World(
-        devices=devices, engine=engine, earlier=earlier.choices(),
-        port_is_free=_port_check(settings.host, {program.port for program in running}),
+        devices=devices, engine=engine, earlier=earlier.choices() | forgotten,
+        port_is_free=_port_check(settings.host, ours),
     )  # fmt: skip
     demo = demo or earlier.demo
     models = catalog.models if demo else _without_demo(catalog.models)
@@ -116,9 +124,20 @@ def discover(
     templates = render.Templates(deployment.templates)
     around = _surroundings(deployment, settings, engine)
     blocks, refused = _render(templates, plan.programs, around, earlier.digests())
-    changes = compare(_digests(blocks), _deployed(deployment, earlier), forced)
-    problems = [*found.problems, *catalog.problems, *plan.problems, *refused]
-    if changes.removed and not plan.programs:
+    deployed = _deployed(deployment, earlier)
+    none_found = not plan.programs
+    plan = _without_refused(plan, blocks, deployed, earlier)
+    as_they_are = {name for name in refused if name in deployed}
+    changes = compare(
+        _digests(blocks),
+        {name: block for name, block in deployed.items() if name not in as_they_are},
+        forced,
+    )
+    problems = [
+        *_lost_registry(deployment), *found.problems, *catalog.problems, *plan.problems,
+        *refused.values(),
+    ]  # fmt: skip
+    if changes.removed and none_found:
         problems.append(_all_gone(changes.removed))
         changes = replace(changes, removed=(), kept=changes.kept + changes.removed)
     return Discovery(
@@ -249,23 +268,43 @@ def _render(
     programs: Iterable[Program],
     around: render.Surroundings,
     checked: Mapping[str, tuple[str, ...]],
-) -> tuple[dict[str, render.Block], list[Problem]]:
-    """Blocks by name. A program that cannot be rendered costs only itself; a template, all.
+) -> tuple[dict[str, render.Block], dict[str, Problem]]:
+    """Blocks by name, and why others were refused. A template that does not render costs all.
 
     A text with a digest in `checked` was parsed back when it was first rendered.
     """
     blocks: dict[str, render.Block] = {}
-    problems: list[Problem] = []
+    refused: dict[str, Problem] = {}
     for program in programs:
         block = render.render_program(templates, program, around)
         try:
             if _digest(block.text) not in checked.get(block.name, ()):
                 supervisord.check_block(block, render.BLOCK_KEYS)
         except ConfigError as error:
-            problems.append(Problem(block.name, str(error), "mend etc/templates/program.conf.j2"))
+            why = printable(str(error), _LONGEST_REASON)
+            refused[block.name] = Problem(block.name, why, "mend etc/templates/program.conf.j2")
         else:
             blocks[block.name] = block
-    return blocks, problems
+    return blocks, refused
+
+
+def _without_refused(
+    plan: Plan,
+    blocks: Mapping[str, render.Block],
+    deployed: Mapping[str, Deployed],
+    earlier: Registry,
+) -> Plan:
+    """The plan without programs that got no block; one that is deployed stays as it was."""
+    before = {program.key: program for program in earlier.programs}
+    programs = []
+    choices = dict(plan.choices)
+    for program in plan.programs:
+        if program.name in blocks:
+            programs.append(program)
+        elif program.name in deployed and program.key in before:
+            programs.append(before[program.key])
+            choices[program.key] = earlier.entries[program.key].choice
+    return replace(plan, programs=tuple(programs), choices=choices)
 
 
 def _digest(text: str) -> str:
@@ -281,12 +320,83 @@ def _deployed(deployment: Deployment, earlier: Registry) -> dict[str, Deployed]:
     written = earlier.digests()
     found = {}
     for path in sorted(deployment.blocks.glob("*.conf")):
-        try:
-            digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        except OSError:
-            continue  # supervisord's own parser will name it
+        digest = hashlib.sha256(_block_bytes(path)).hexdigest()
         found[path.stem] = Deployed(digest, written.get(path.stem, ()))
     return found
+
+
+def _block_bytes(path: Path) -> bytes:
+    """The content of a block on disk.
+
+    Raises:
+        ConfigError: supervisord could not read it either; it takes such a one for removed.
+    """
+    try:
+        if not path.is_file():
+            raise ConfigError(f"{path}: is not a regular file; remove it")
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}; chmod u+r {path}") from None
+
+
+def _require_readable(deployment: Deployment) -> None:
+    """Refuse to take for absent what is only out of reach: it would be written over.
+
+    Raises:
+        ConfigError: one line for each, with the command that mends it.
+    """
+    folders = [
+        f"cannot look into {folder}: chmod u+rwx {folder}"
+        for folder in (deployment.blocks, deployment.lib, deployment.links, deployment.run)
+        if folder.exists() and not os.access(folder, os.R_OK | os.X_OK)
+    ]
+    if folders:
+        raise ConfigError(folders)
+    path = deployment.registry
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"{path}: is not a regular file; move it away")
+    if path.exists() and not os.access(path, os.R_OK):
+        raise ConfigError(f"cannot read {path}: chmod u+rw {path}")
+
+
+def _lost_registry(deployment: Deployment) -> list[Problem]:
+    """Said until there is a registry again."""
+    aside = deployment.registry.with_name(deployment.registry.name + ".corrupt")
+    if deployment.registry.exists() or not aside.exists():
+        return []
+    return [
+        Problem(
+            str(deployment.registry),
+            f"could not be used and was set aside as {aside.name}; "
+            "ports are taken from the blocks in etc/conf.d, the rest is chosen anew",
+            "nothing; a block that is kept as edited by hand: `synapse discover --force MODEL`",
+        )
+    ]
+
+
+def _forgotten(
+    deployment: Deployment, models: Iterable[Model], earlier: Registry
+) -> dict[str, Choice]:
+    """What blocks on disk say of models that the registry does not know: their ports.
+
+    So a registry that was lost costs no model its port, nor its block the name of being ours.
+    """
+    found = {}
+    for model in models:
+        path = deployment.block(model.name)
+        if model.key in earlier.entries or not path.exists():
+            continue
+        port = _port_in(_block_bytes(path).decode("utf-8", "replace"))
+        if port is not None:
+            found[model.key] = Choice(port, context=0, device="", fitted=False, basis="")
+    return found
+
+
+def _port_in(block: str) -> int | None:
+    """What the command of a block gives as its port."""
+    command = re.search(r"^command=(.*)$", block, re.MULTILINE)
+    said = re.search(r" --port (\d{4,5})( |$)", command[1]) if command else None
+    return int(said[1]) if said else None
 
 
 def _all_gone(removed: tuple[str, ...]) -> Problem:
@@ -342,26 +452,37 @@ def apply(
 
     Raises:
         ConfigError: supervisord's parser would not take the result; nothing was changed.
-        ApplyError: the files are in place, but supervisord did not follow.
+        ApplyError: a file could not be written, or supervisord did not follow.
         TransientError: another discovery is at work.
     """
-    with store.exclusive(deployment.discovery_lock):
-        changes = discovery.changes
-        written = [discovery.blocks[name] for name in (*changes.added, *changes.changed)]
-        if changes:
-            _parse_back(deployment, discovery, written)
-        _make_links(deployment, discovery.links)
-        before = registry.load(deployment.registry)
-        if before != discovery.registry:
-            registry.save(deployment.registry, discovery.registry)
-        for block in written:
-            store.write_text(deployment.block(block.name), block.text)
-        for name in changes.removed:
-            deployment.block(name).unlink(missing_ok=True)
-        _leave_beside(deployment, discovery, before, report)
-        if rpc is not None:
-            _tell_supervisord(rpc, discovery, report)
-        _drop_old_links(deployment, discovery.links)
+    try:
+        with store.exclusive(deployment.discovery_lock):
+            _write(deployment, discovery, report)
+            if rpc is not None:
+                _tell_supervisord(rpc, discovery, report)
+            _drop_old_links(deployment, discovery.links)
+    except OSError as error:
+        where = error.filename2 or error.filename or deployment.prefix
+        raise ApplyError(
+            f"cannot write {str(where)!a}: {error.strerror}; what runs goes on as it is; free "
+            "disk space or mend the permissions, then run `synapse discover` again"
+        ) from None
+
+
+def _write(deployment: Deployment, discovery: Discovery, report: Report) -> None:
+    changes = discovery.changes
+    written = [discovery.blocks[name] for name in (*changes.added, *changes.changed)]
+    if changes:
+        _parse_back(deployment, discovery, written)
+    _make_links(deployment, discovery.links)
+    before = registry.load(deployment.registry)
+    if before != discovery.registry:
+        registry.save(deployment.registry, discovery.registry)
+    for block in written:
+        store.write_text(deployment.block(block.name), block.text)
+    for name in changes.removed:
+        deployment.block(name).unlink(missing_ok=True)
+    _leave_beside(deployment, discovery, before, report)
 
 
 def move_port(deployment: Deployment, name: str) -> None:
@@ -427,7 +548,28 @@ def _parse_back(deployment: Deployment, discovery: Discovery, written: list[rend
                 shutil.copyfile(path, candidates / path.name)
         for block in written:
             (candidates / f"{block.name}.conf").write_text(block.text, encoding="utf-8")
-        supervisord.parse_back(deployment.main_config, candidates, written)
+        try:
+            supervisord.parse_back(deployment.main_config, candidates, written)
+        except ConfigError as error:
+            raise ConfigError(_blamed(deployment, written) or str(error)) from None
+
+
+def _blamed(deployment: Deployment, written: Iterable[render.Block]) -> str | None:
+    """Which of our blocks supervisord's parser rejects when it stands alone, and why.
+
+    The parser does not always name the file.
+    """
+    for block in written:
+        with tempfile.TemporaryDirectory(prefix="alone.", dir=deployment.run) as folder:
+            (Path(folder) / f"{block.name}.conf").write_text(block.text, encoding="utf-8")
+            try:
+                supervisord.parse_back(deployment.main_config, Path(folder), [block])
+            except ConfigError as error:
+                return (
+                    f"the block of {block.name} cannot be used: {error}; nothing was changed; "
+                    "mend etc/templates/program.conf.j2"
+                )
+    return None
 
 
 def _make_links(deployment: Deployment, links: Mapping[Path, str]) -> None:
@@ -465,7 +607,7 @@ def _leave_beside(
     for name in discovery.changes.kept:
         block = discovery.blocks.get(name)
         if block is None:
-            report(f"{name}: its model is gone, but its block was edited by hand: kept")
+            report(f"{name}: its model was not found; its block was kept")
         elif _digest(block.text) not in known.get(name, ()):
             beside = deployment.blocks / f"{name}.conf.new"
             store.write_text(beside, block.text)
@@ -474,11 +616,9 @@ def _leave_beside(
 
 def _tell_supervisord(rpc: Supervisord, discovery: Discovery, report: Report) -> None:
     """Added, changed, removed: only these groups are touched, changed ones one at a time."""
-    changes, bound = discovery.changes, _stop_bound(discovery.registry.settings)
-    if not (changes or discovery.switched_on or discovery.switched_off):
-        return
+    bound = _stop_bound(discovery.registry.settings)
     try:
-        rpc.reread()
+        changes = _with_arrears(discovery, rpc.reread())
         for name in changes.removed:
             _stop(rpc, name, bound)
             rpc.remove(name)
@@ -503,6 +643,20 @@ def _tell_supervisord(rpc: Supervisord, discovery: Discovery, report: Report) ->
         raise ApplyError(f"supervisord did not take the change: {refused}") from None
     except ShuttingDown:
         raise ApplyError("supervisord is shutting down; it will read the files next time") from None
+
+
+def _with_arrears(discovery: Discovery, seen: supervisord.Reread) -> Changes:
+    """The changes, and those of an earlier apply that did not reach supervisord."""
+    changes = discovery.changes
+    settled = {*changes.unchanged}
+    gone = {entry.name for entry in discovery.registry.entries.values() if not entry.present}
+    gone -= {*changes.kept}
+    return replace(
+        changes,
+        added=tuple(sorted({*changes.added} | (seen.added & settled))),
+        changed=tuple(sorted({*changes.changed} | (seen.changed & settled))),
+        removed=tuple(sorted({*changes.removed} | (seen.removed & gone))),
+    )
 
 
 def _stop_bound(settings: Settings) -> float:

@@ -6,19 +6,32 @@ Standard library only, and little of that: one of these stays in memory beside e
 its start is part of every start. What it must know of the server (host, port, files, key) it
 reads from the server's own command line, so that a block edited by hand stays consistent.
 
+Theory of operation. One process, one thread, one loop: `Signals` makes every signal readable, so
+that one poll waits for everything. `next_step` decides, purely; `Launcher` carries out:
+
+    SERVING ── TERM, INT, QUIT, or the parent died ──► DRAINING: asks the server what is under way
+    DRAINING ── idle twice, deadline, asked again, or nothing to wait for ──► PRESSING: TERM,
+        `--term` seconds later TERM again, as long after that KILL ──► ENDED: reaped, or given up
+
 - Before the start it refuses what cannot work, with a status of its own (`EXIT_…`) and one line.
-- On TERM, INT or QUIT it waits until no request is under way or `--drain` seconds are over, then
-  sends TERM, `--term` seconds later TERM again, and as long after that KILL. A second TERM ends
-  the wait. `next_step` decides all of this; `Launcher` carries it out. New requests cannot be
-  kept out from here: under steady traffic only a gateway in front can drain fully.
-- HUP, USR1 and USR2 are passed on to the server.
+  It kills nobody for a port, and says who holds it.
+- New requests cannot be kept out from here: under steady traffic only a gateway in front can
+  drain fully. HUP, USR1 and USR2 are passed on to the server.
 - On Linux it stops when its parent dies, the server is killed when it dies itself, and whatever
-  the server leaves behind becomes its child, so that nothing is lost sight of.
+  the server leaves behind becomes its child. Two gaps remain: what the server itself started
+  outlives a SIGKILL of the launcher; so does the server on macOS, whose kernel has none of this.
+- Whatever the server does or answers: each wait has an end, and each answer a largest size.
+
+The log gets one line before anything else of a run, and one when the run is over:
+
+    synapse-run: start: pid=4711, at=2026-01-31T12:00:00Z
+    synapse-run: stopped: drained=1, cut=0, …          (it was asked to)
+    synapse-run: ended by itself: server=exit 1, …     (it was not)
 
 Exit status: the server's own when it ends unasked; 128 + n when signal n ended it. Dying by the
 same signal would say less: supervisord reports any death by signal as -1, while SIGABRT (out of
 memory), SIGBUS (file truncated) and SIGKILL (the kernel's choice) need different remedies. After
-a stop that was asked for: 0, or `EXIT_LEFT_BEHIND`.
+a stop that was asked for: 0, or `EXIT_OS_ERROR` where something could not be killed.
 """
 
 from __future__ import annotations
@@ -37,31 +50,37 @@ from typing import Any, NamedTuple, assert_never
 
 TYPE_CHECKING = False  # spares an import; type checkers know the name
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 # Exit statuses of our own, numbered as in <sysexits.h>; llama-server itself uses 0 and 1.
 EXIT_USAGE = 64  # our command line is wrong
 EXIT_MODEL_MISSING = 66  # a model or projector file is missing or cannot be read
-EXIT_LEFT_BEHIND = 71  # asked to stop, and something could not be killed
+EXIT_OS_ERROR = 71  # no process could be made, or one could not be killed
 EXIT_ENGINE_MISSING = 72  # llama-server is missing or cannot be executed
 EXIT_PORT_IN_USE = 75  # someone else listens there
 EXIT_SIGNAL_BASE = 128  # + n: the server was ended by signal n
 
-DEFAULT_DRAIN_SECONDS = 30.0
-DEFAULT_TERM_SECONDS = 2.0  # llama-server heeds a second TERM that comes at least 0.5 s later
-
 _BUSY_POLL_SECONDS = 0.1
 _CONFIRM_SECONDS = 0.05  # between the two looks that must both find nothing under way
 _EXCHANGE_SECONDS = 1.0  # a healthy server answers within 10 ms, whatever it is decoding
-_WORKING_CPU_SHARE = 0.05  # an idle server takes 0.01 of a core, one that decodes takes cores
-_KILL_SECONDS = 5.0  # how long a killed process may take to go (a driver gives memory back)
+_WORKING_SHARE = 0.05  # an idle server takes 0.01 of a core, one that decodes takes cores
+# How long what was killed may take to go (a driver gives memory back). supervisord kills us 5 s
+# after the second `--term`; the last line must be out by then.
+_KILL_SECONDS = 4.0
 _PARENT_POLL_SECONDS = 1.0  # only where the kernel does not tell of a parent's death
+_SAY_SECONDS = 1.0
+_LONGEST_LINE = 4000  # bytes; a pipe that is ready takes 4096 at once
 _LARGEST_REPLY_BYTES = 1 << 20
 _LARGEST_KEY_FILE_BYTES = 1 << 16
 _LONGEST_KEY = 4096
-_LONGEST_NUMBER = 18  # digits
 
 _USAGE = "usage: synapse-run [--drain SECONDS] [--term SECONDS] -- LLAMA_SERVER [ARGUMENT ...]"
+
+_HINTS = {
+    "SIGILL": "illegal instruction: engine built for a newer processor than this one",
+    "SIGBUS": "a file in use was cut short, or cannot be read any more",
+    "SIGKILL": "killed from outside; by the kernel, where memory ran out",
+}
 
 
 # --- the stop sequence: pure -----------------------------------------------------------------
@@ -70,16 +89,14 @@ _USAGE = "usage: synapse-run [--drain SECONDS] [--term SECONDS] -- LLAMA_SERVER 
 class Policy(NamedTuple):
     """How much patience a stop has, in seconds."""
 
-    drain_seconds: float = DEFAULT_DRAIN_SECONDS
-    term_seconds: float = DEFAULT_TERM_SECONDS
+    drain_seconds: float = 30.0
+    term_seconds: float = 2.0  # llama-server heeds a second TERM that comes at least 0.5 s later
 
 
 class Phase(Enum):
     SERVING = "serving"
     DRAINING = "draining"  # waiting for requests to finish
-    TERMINATING = "terminating"  # TERM was sent
-    INSISTING = "insisting"  # a second TERM was sent
-    KILLING = "killing"  # KILL was sent
+    PRESSING = "pressing"  # ever stronger means were sent
     ENDED = "ended"  # the server is gone, or even KILL did not help
 
 
@@ -90,53 +107,41 @@ class Sight(Enum):
     LOADING = "loading"
     ASLEEP = "asleep"
     REFUSED = "refused"  # nobody listens
-    SILENT = "silent"  # no answer in time
-    UNKNOWN = "unknown"  # alive, and nothing says how much is under way
+    SILENT = "silent"  # no answer in time, and no work done meanwhile
+    WORKING = "working"  # no answer in time: some builds answer between two batches only
+    UNKNOWN = "unknown"  # nothing was learned: it does not say, or we could not ask
 
 
 class Why(Enum):
-    """What ended the drain."""
+    """What ended the drain, where it was not a `Sight`."""
 
     IDLE = "idle"
     DEADLINE = "deadline"
     ASKED_AGAIN = "asked-again"
     NO_DRAIN = "no-drain"
-    LOADING = "loading"
-    ASLEEP = "asleep"
-    REFUSED = "refused"
-    SILENT = "silent"
     EXITED = "exited"  # the server ended before anything was sent to it
 
 
 class Look(NamedTuple):
-    """One answer to: which requests are under way?"""
+    """One answer to: how many requests are under way?"""
 
     sight: Sight
-    tasks: frozenset[tuple[int, int]] = frozenset()  # (slot, task) in work
-    unnamed: int = 0  # in work beyond `tasks`, known only by their number
-    waiting: int = 0  # queued for a slot
-    cpu_seconds: float | None = None  # used by the server so far; None: unknown
-
-    @property
-    def outstanding(self) -> int:
-        return len(self.tasks) + self.unnamed + self.waiting
+    requests: int = 0  # in a slot or waiting for one
 
 
 class StopAsked(NamedTuple):
-    by: str  # a signal's name
-    parent_died: bool = False
+    by: str  # a signal's name, or `PARENT_DIED`
 
 
 class Exited(NamedTuple):
-    """The server was reaped."""
-
-    status: int  # as from waitpid
+    status: int  # of the reaped server, as from waitpid
 
 
 class Tick(NamedTuple):
     """`State.wake_at` has come."""
 
 
+PARENT_DIED = "parent-died"
 Seen = StopAsked | Look | Exited | Tick
 
 
@@ -154,14 +159,18 @@ class State(NamedTuple):
     asked_by: str | None = None
     asked_at: float = 0.0
     drain_until: float = 0.0
-    last: Look | None = None  # the last look that found a load
-    silence: tuple[float, float | None] | None = None  # when the last look was silent: (time, cpu)
-    found_idle: bool = False  # by the last look
-    drained: int = 0  # requests seen under way and finished since
-    cut: int | None = 0  # requests under way when TERM was sent; None: unknown
-    why: Why | None = None
+    requests: int | None = None  # under way at the last look that could tell
+    last: Sight = Sight.UNKNOWN  # what the last look found, if anything
+    drained: int = 0  # by how many the requests under way have become fewer
+    why: Why | Sight | None = None  # the drain ended
     sent: str = "none"  # the strongest means that was used
     status: int | None = None  # of the ended server, as from waitpid; None: it did not end
+
+    @property
+    def cut(self) -> int | None:
+        """Requests under way when the drain ended; None: unknown."""
+        surely_idle = self.why in (Sight.LOADING, Sight.ASLEEP, Sight.REFUSED)
+        return 0 if self.requests is None and surely_idle else self.requests
 
 
 _Step = tuple[State, tuple[Action, ...]]
@@ -170,14 +179,16 @@ _Step = tuple[State, tuple[Action, ...]]
 def next_step(state: State, seen: Seen, now: float, policy: Policy) -> _Step:
     """What was seen, and when → the new state, and what to do now."""
     if isinstance(seen, Exited):
-        return _ended(state, seen.status), ()
+        why = Why.EXITED if state.phase is Phase.DRAINING else state.why
+        return state._replace(phase=Phase.ENDED, status=seen.status, why=why), ()
     match state.phase:
         case Phase.SERVING:
             return _serving(state, seen, now, policy)
         case Phase.DRAINING:
             return _draining(state, seen, now, policy)
-        case Phase.TERMINATING | Phase.INSISTING | Phase.KILLING:
-            return _pressing(state, seen, now, policy)
+        case Phase.PRESSING:
+            is_due = isinstance(seen, Tick) and now >= state.wake_at
+            return _press(state, now, policy) if is_due else (state, ())
         case Phase.ENDED:
             return state, ()
         case _:
@@ -187,9 +198,9 @@ def next_step(state: State, seen: Seen, now: float, policy: Policy) -> _Step:
 def _serving(state: State, seen: Seen, now: float, policy: Policy) -> _Step:
     if not isinstance(seen, StopAsked):
         return state, ()
-    state = state._replace(asked_by="parent-died" if seen.parent_died else seen.by, asked_at=now)
+    state = state._replace(asked_by=seen.by, asked_at=now)
     if policy.drain_seconds <= 0:
-        return _terminate(state, Why.NO_DRAIN, now, policy)
+        return _press(state._replace(why=Why.NO_DRAIN), now, policy)
     until = now + policy.drain_seconds
     draining = state._replace(phase=Phase.DRAINING, drain_until=until, wake_at=until)
     return draining, (Action.LOOK,)
@@ -197,128 +208,82 @@ def _serving(state: State, seen: Seen, now: float, policy: Policy) -> _Step:
 
 def _draining(state: State, seen: Seen, now: float, policy: Policy) -> _Step:
     """A look is either under way (`wake_at` is the deadline) or due at `wake_at`."""
-    if isinstance(seen, StopAsked):
-        # A parent that dies meanwhile is not someone who has lost patience.
-        if seen.parent_died:
-            return state, ()
-        return _terminate(state, Why.ASKED_AGAIN, now, policy)
+    why: Why | Sight | None = None
+    if isinstance(seen, StopAsked) and seen.by != PARENT_DIED:  # that is not lost patience
+        why = Why.ASKED_AGAIN
     if isinstance(seen, Look):
-        state, why = _weigh(state, seen, now)
-        if why is not None:
-            return _terminate(state, why, now, policy)
-    if now >= state.drain_until:
-        return _terminate(state, Why.DEADLINE, now, policy)
+        state, why = _weigh(state, seen)
+    if why is None and now >= state.drain_until:
+        why = Why.DEADLINE
+    if why is not None:
+        return _press(state._replace(why=why), now, policy)
     if isinstance(seen, Look):
-        pause = _CONFIRM_SECONDS if state.found_idle else _BUSY_POLL_SECONDS
+        pause = _CONFIRM_SECONDS if _found_idle(state) else _BUSY_POLL_SECONDS
         return state._replace(wake_at=min(now + pause, state.drain_until)), ()
-    if now >= state.wake_at:
+    if isinstance(seen, Tick) and now >= state.wake_at:
         return state._replace(wake_at=state.drain_until), (Action.LOOK,)
     return state, ()
 
 
-def _weigh(state: State, look: Look, now: float) -> tuple[State, Why | None]:
+def _found_idle(state: State) -> bool:
+    return state.last is Sight.LOAD and not state.requests
+
+
+def _weigh(state: State, look: Look) -> tuple[State, Why | Sight | None]:
     """Remember what a look found; with a reason if nothing is to be waited for."""
-    silence, found_idle = state.silence, state.found_idle
-    state = state._replace(silence=None, found_idle=False)
+    seen = state._replace(last=look.sight)
     match look.sight:
-        case Sight.LOAD:
-            idle = look.outstanding == 0
-            drained = state.drained + _finished(state.last, look)
-            state = state._replace(last=look, drained=drained, found_idle=idle)
-            # Once is not enough: a request between the queue and its slot shows in neither.
-            return state, Why.IDLE if idle and found_idle else None
-        case Sight.SILENT:
-            state = state._replace(silence=(now, look.cpu_seconds))
-            return state, Why.SILENT if _is_hung(silence, look.cpu_seconds, now) else None
         case Sight.UNKNOWN:
-            return state, None  # a busy server must not be stopped before its deadline
-        case Sight.LOADING:
-            return state, Why.LOADING
-        case Sight.ASLEEP:
-            return state, Why.ASLEEP
-        case Sight.REFUSED:
-            return state, Why.REFUSED
+            return state, None  # no evidence, no change: a busy server has until its deadline
+        case Sight.LOADING | Sight.ASLEEP | Sight.REFUSED:
+            return seen, look.sight
+        case Sight.WORKING:
+            return seen, None
+        case Sight.SILENT:  # once may be chance
+            return seen, look.sight if state.last is Sight.SILENT else None
+        case Sight.LOAD:
+            fewer = max(0, (state.requests or 0) - look.requests)
+            seen = seen._replace(requests=look.requests, drained=state.drained + fewer)
+            # Once is not enough: a request between the queue and its slot shows in neither.
+            return seen, Why.IDLE if _found_idle(state) and _found_idle(seen) else None
         case _:
             assert_never(look.sight)
 
 
-def _finished(before: Look | None, after: Look) -> int:
-    """Requests that `before` saw under way and `after` does not.
-
-    Of those without a name only the number is known: what it lost, less what got a name since.
-    """
-    if before is None:
-        return 0
-    nameless = before.unnamed + before.waiting - after.unnamed - after.waiting
-    named_since = len(after.tasks - before.tasks)
-    return len(before.tasks - after.tasks) + max(0, nameless - named_since)
-
-
-def _is_hung(before: tuple[float, float | None] | None, cpu: float | None, now: float) -> bool:
-    """Whether a silent server that was silent before is to be given up.
-
-    Builds that answer /slots between batches only are silent for as long as a batch takes;
-    such a one is computing, and what it computes is someone's request.
-    """
-    if before is None:
-        return False
-    since, cpu_before = before
-    if cpu is None or cpu_before is None:
-        return True
-    return cpu - cpu_before < _WORKING_CPU_SHARE * (now - since)
-
-
-def _terminate(state: State, why: Why, now: float, policy: Policy) -> _Step:
-    state = state._replace(
-        phase=Phase.TERMINATING,
-        wake_at=now + policy.term_seconds,
-        why=why,
-        cut=_cut(state, why),
-        sent="TERM",
-    )
-    return state, (Action.TERM,)
-
-
-def _cut(state: State, why: Why) -> int | None:
-    if state.last is not None:
-        return state.last.outstanding
-    return 0 if why in (Why.LOADING, Why.ASLEEP, Why.REFUSED) else None
-
-
-def _pressing(state: State, seen: Seen, now: float, policy: Policy) -> _Step:
-    """Ever stronger means, each after its time: not even a third TERM makes it faster."""
-    if not isinstance(seen, Tick) or now < state.wake_at:
-        return state, ()
-    match state.phase:
-        case Phase.TERMINATING:
-            state = state._replace(phase=Phase.INSISTING, sent="TERM+TERM")
-            return state._replace(wake_at=now + policy.term_seconds), (Action.TERM,)
-        case Phase.INSISTING:
-            state = state._replace(phase=Phase.KILLING, sent="KILL")
-            return state._replace(wake_at=now + _KILL_SECONDS), (Action.KILL,)
+def _press(state: State, now: float, policy: Policy) -> _Step:
+    """The next stronger means, each after its time: not even a third TERM makes it faster."""
+    patience, action = policy.term_seconds, Action.TERM
+    match state.sent:
+        case "none":
+            sent = "TERM"
+        case "TERM":
+            sent = "TERM+TERM"
+        case "TERM+TERM":
+            sent, patience, action = "KILL", _KILL_SECONDS, Action.KILL
         case _:
             return state._replace(phase=Phase.ENDED), ()
+    return state._replace(phase=Phase.PRESSING, sent=sent, wake_at=now + patience), (action,)
 
 
-def _ended(state: State, status: int) -> State:
-    if state.phase is Phase.DRAINING:
-        state = state._replace(why=Why.EXITED, cut=_cut(state, Why.EXITED))
-    return state._replace(phase=Phase.ENDED, status=status)
-
-
-def stopped_line(state: State, now: float) -> str:
-    """The one line about a stop that was asked for."""
-    words = {
-        "drained": state.drained,
-        "cut": "unknown" if state.cut is None else state.cut,
-        "deadline_hit": "yes" if state.why is Why.DEADLINE else "no",
-        "seconds": f"{now - state.asked_at:.2f}",
-        "signal": state.sent,
-        "asked_by": state.asked_by,
-        "drain_ended_by": state.why.value if state.why else "nothing",
-        "server": "alive" if state.status is None else describe_status(state.status),
-    }
-    return "stopped: " + ", ".join(f"{name}={value}" for name, value in words.items())
+def last_line(state: State, seconds: float, left: Sequence[int] = ()) -> str:
+    """The one line about an end; `seconds` since the stop was asked for, else since the start."""
+    server = "alive" if state.status is None else describe_status(state.status)
+    event, words = "ended by itself", {"server": server, "seconds": f"{seconds:.2f}"}
+    if state.asked_by is not None:
+        event, words = "stopped", {
+            "drained": str(state.drained),
+            "cut": "unknown" if state.cut is None else str(state.cut),
+            "deadline_hit": "yes" if state.why is Why.DEADLINE else "no",
+            "seconds": f"{seconds:.2f}",
+            "signal": state.sent,
+            "asked_by": state.asked_by,
+            "drain_ended_by": state.why.value if state.why else "nothing",
+            "server": server,
+        }  # fmt: skip
+    if left:
+        words["left_behind"] = "+".join(map(str, left))
+    hint = f" ({_HINTS[server]})" if state.sent == "none" and server in _HINTS else ""
+    return f"{event}: " + ", ".join(f"{name}={value}" for name, value in words.items()) + hint
 
 
 def describe_status(status: int) -> str:
@@ -335,7 +300,7 @@ def describe_status(status: int) -> str:
 def exit_status(state: State) -> int:
     """What we exit with: see the module's docstring."""
     if state.status is None:
-        return EXIT_LEFT_BEHIND
+        return EXIT_OS_ERROR
     code = os.waitstatus_to_exitcode(state.status)
     was_told = state.asked_by is not None and -code in _STOP_SIGNALS  # by whom we were told, too
     if state.sent != "none" or was_told:
@@ -358,25 +323,19 @@ class Server(NamedTuple):
     """What the server's own command line and environment say of it."""
 
     argv: tuple[str, ...]
-    files: tuple[str, ...] = ()
-    host: str = "127.0.0.1"
-    port: int = 8080  # 0: unknown
-    prefix: str = ""  # before each path
-    key: str | None = None
-    key_file: str | None = None
-    shares_port: bool = False
+    files: tuple[str, ...]
+    host: str
+    port: int  # 0: unknown
+    prefix: str  # before each path
+    key: str
+    key_file: str
+    shares_port: bool
 
 
-def parse_command(
-    arguments: Sequence[str], environment: Mapping[str, str]
-) -> tuple[Policy, Server]:
-    """Our own command line: options up to `--`, then the server's.
-
-    Raises:
-        StartError: with `EXIT_USAGE`.
-    """
-    seconds = {"--drain": DEFAULT_DRAIN_SECONDS, "--term": DEFAULT_TERM_SECONDS}
-    rest = list(arguments)
+def parse_command(words: Sequence[str], environment: Mapping[str, str]) -> tuple[Policy, Server]:
+    """Our own command line: options up to `--`, then the server's (StartError: `EXIT_USAGE`)."""
+    seconds = {"--drain": Policy().drain_seconds, "--term": Policy().term_seconds}
+    rest = list(words)
     while rest and rest[0] != "--":
         name, equals, value = rest.pop(0).partition("=")
         if name not in seconds:
@@ -400,52 +359,43 @@ def _seconds(name: str, text: str) -> float:
     return value
 
 
-_SOCKET_SUFFIX = ".sock"  # makes llama-server take a host for the path of a socket
-
-# llama-server's spellings of what concerns us, and the variable that it reads where none is given.
-_OPTIONS = {
-    "model": (("--model", "-m"), "LLAMA_ARG_MODEL"),
-    "projector": (("--mmproj", "-mm"), "LLAMA_ARG_MMPROJ"),
-    "host": (("--host",), "LLAMA_ARG_HOST"),
-    "port": (("--port",), "LLAMA_ARG_PORT"),
-    "prefix": (("--api-prefix",), "LLAMA_ARG_API_PREFIX"),
-    "key": (("--api-key",), "LLAMA_API_KEY"),
-    "key_file": (("--api-key-file",), "LLAMA_ARG_API_KEY_FILE"),
-}
-
-
 def parse_server(argv: Sequence[str], environment: Mapping[str, str]) -> Server:
-    """Find in a llama-server command line what we must know; the last of several wins there too."""
-    said = {
-        name: _values(argv, spellings) or [environment[variable]]
-        for name, (spellings, variable) in _OPTIONS.items()
-        if variable in environment or _values(argv, spellings)
-    }
-    last = {name: values[-1] for name, values in said.items()}
-    host, port = last.get("host", "127.0.0.1"), last.get("port", "8080")
-    has_port = port.isascii() and port.isdecimal() and not host.endswith(_SOCKET_SUFFIX)
+    """Find in a llama-server command line what we must know.
+
+    As there, the last of several wins, and a variable stands in for an option that is not given.
+    """
+
+    def said(variable: str, *names: str, otherwise: str = "") -> str:
+        return _last_value(argv, names) or environment.get(variable) or otherwise
+
+    files = said("LLAMA_ARG_MODEL", "--model", "-m"), said("LLAMA_ARG_MMPROJ", "--mmproj", "-mm")
     return Server(
         argv=tuple(argv),
-        files=(*said.get("model", ()), *said.get("projector", ())),
-        host=host,
-        port=int(port) if has_port and len(port) < 6 and int(port) < 65536 else 0,
-        prefix=last.get("prefix", ""),
-        key=last.get("key", "").partition(",")[0] or None,
-        key_file=last.get("key_file"),
+        files=tuple(file for file in files if file),
+        host=said("LLAMA_ARG_HOST", "--host", otherwise="127.0.0.1"),
+        port=_port(said("LLAMA_ARG_PORT", "--port", otherwise="8080")),
+        prefix=said("LLAMA_ARG_API_PREFIX", "--api-prefix"),
+        key=said("LLAMA_API_KEY", "--api-key").partition(",")[0],
+        key_file=said("LLAMA_ARG_API_KEY_FILE", "--api-key-file"),
         shares_port="--reuse-port" in argv or "LLAMA_ARG_REUSE_PORT" in environment,
     )
 
 
-def _values(argv: Sequence[str], spellings: tuple[str, ...]) -> list[str]:
-    """What follows an option, both `--port 1` and `--port=1`."""
-    values = []
-    for place, token in enumerate(argv[1:], start=2):
-        name, equals, value = token.partition("=")
-        if name in spellings and equals:
-            values.append(value)
-        elif token in spellings and place < len(argv):
-            values.append(argv[place])
-    return values
+def _last_value(argv: Sequence[str], names: tuple[str, ...]) -> str:
+    """What follows the last of an option's spellings: `--port 1` or `--port=1`."""
+    last = ""
+    for place, word in enumerate(argv[1:], start=2):
+        name, equals, value = word.partition("=")
+        if name in names and equals:
+            last = value
+        elif word in names and place < len(argv):
+            last = argv[place]
+    return last
+
+
+def _port(text: str) -> int:
+    is_number = text.isascii() and text.isdecimal() and len(text) < 6
+    return int(text) if is_number and int(text) < 65536 else 0
 
 
 # --- preflight -------------------------------------------------------------------------------
@@ -455,36 +405,17 @@ class Address(NamedTuple):
     """Where a server listens, ready for `socket`."""
 
     family: int
-    target: tuple[Any, ...] | str  # a path for AF_UNIX
+    target: tuple[Any, ...]
 
 
-def preflight(server: Server, search_path: Sequence[str]) -> tuple[str, Address | None]:
-    """The executable's path and the server's address (None: unknown).
-
-    Raises:
-        StartError: the server could only fail.
-    """
-    executable = find_executable(server.argv[0], search_path)
+def preflight(server: Server) -> Address | None:
+    """The server's address; None: unknown (StartError: it could only fail)."""
     for file in server.files:
         _require_file(file)
     address = resolve(server)
     if address is not None and not server.shares_port:
         _require_free(server, address)
-    return executable, address
-
-
-def find_executable(name: str, search_path: Sequence[str]) -> str:
-    """As execvp would find it.
-
-    Raises:
-        StartError: with `EXIT_ENGINE_MISSING`.
-    """
-    places = [name] if "/" in name else [os.path.join(folder, name) for folder in search_path]
-    for place in places:
-        if os.path.isfile(place) and os.access(place, os.X_OK):
-            return place
-    why = "not an executable file" if any(map(os.path.exists, places)) else "no such file"
-    raise StartError(EXIT_ENGINE_MISSING, f"cannot run {name!a}: {why}")
+    return address
 
 
 def _require_file(path: str) -> None:
@@ -494,14 +425,10 @@ def _require_file(path: str) -> None:
         os.close(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
     except OSError as error:
         raise StartError(EXIT_MODEL_MISSING, f"cannot serve {path!a}: {error.strerror}") from None
-    except ValueError:
-        raise StartError(EXIT_MODEL_MISSING, f"cannot serve {path!a}: not a path") from None
 
 
 def resolve(server: Server) -> Address | None:
     """The address that the server will listen on; a name is looked up as the server does it."""
-    if server.host.endswith(_SOCKET_SUFFIX):
-        return Address(socket.AF_UNIX, server.host)
     if not server.port:
         return None
     try:
@@ -515,8 +442,6 @@ def resolve(server: Server) -> Address | None:
 
 
 def _require_free(server: Server, address: Address) -> None:
-    if address.family == socket.AF_UNIX:
-        return
     with socket.socket(address.family, socket.SOCK_STREAM) as probe:
         # With this option, connections of an earlier server that linger do not count.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -533,180 +458,161 @@ def _require_free(server: Server, address: Address) -> None:
 
 def _holders(port: int) -> str:
     """Who holds a port, as far as we may know."""
-    inodes = {row.inode for row in tcp_rows(port) if row.state == _LISTEN}
-    pids = sorted(pid for pid in _processes() if inodes & set(_socket_inodes(pid)))
+    sockets = {f"socket:[{inode}]" for state, inode in tcp_rows(port) if state == _LISTEN}
     names = [f"pid {pid} ({_read(f'/proc/{pid}/comm').decode(errors='replace').strip()!a})"
-             for pid in pids]  # fmt: skip
+             for pid in sorted(_processes()) if sockets.intersection(_open_files(pid))]  # fmt: skip
     return "already in use" + (f" by {', '.join(names)}" if names else "")
 
 
 # --- looking at the server -------------------------------------------------------------------
 
 
-class Wait(NamedTuple):
-    """A look goes on when `fd` is ready for `events`, or at `until`."""
-
-    fd: int
-    events: int
-    until: float
-
-
-class Reply(NamedTuple):
-    """An HTTP reply. 0: it could not be read as one."""
-
-    status: int
-    body: bytes
-
-
-if TYPE_CHECKING:
-    _Fetch = Generator[Wait, None, Reply | Sight]  # REFUSED or SILENT where there is no reply
-    _Looking = Generator[Wait, None, Look]
+_Reply = tuple[int, bytes]  # status and body; 0: it could not be read as one
 
 
 class Window:
-    """Asks a server what is under way. Each look is a generator that never blocks.
+    """Asks a server what is under way, and no longer than until `interrupt` can be read.
 
     Its questions depend on what the server has already shown that it can answer.
     """
 
-    def __init__(self, server: Server, address: Address | None) -> None:
+    def __init__(self, server: Server, address: Address | None, interrupt: int) -> None:
         self._server = server
-        self._address = reachable(address) if address else None
+        self._address = address
+        self._interrupt = interrupt
         # /props comes first, and once: the others would wake a sleeping server.
-        self._paths = ["/props", "/slots", "/metrics"] if address else []
+        self._paths = ["/props", "/slots", "/metrics"]
 
-    def look(self) -> _Looking:
+    def look(self, until: float) -> Look:
         """Ask once. Each question has its own deadline; the first unanswered one ends the look."""
+        if self._address is None:
+            return self._connections()
         bodies: dict[str, bytes] = {}
         for path in tuple(self._paths):
-            reply = yield from self._ask(path)
+            reply = self._ask(self._address, path, until)
             if isinstance(reply, Sight):
                 return Look(reply)
-            if reply.status == 503:
+            status, body = reply
+            if status == 503:
                 return Look(Sight.LOADING)
-            if path == "/props" and _is_sleeping(reply):
+            if path == "/props" and is_sleeping(body):
                 return Look(Sight.ASLEEP)
-            if reply.status == 200:
-                bodies[path] = reply.body
-            if path == "/props" or reply.status != 200:
+            if status == 200:
+                bodies[path] = body
+            if path == "/props" or status not in (200, 0):
                 self._paths.remove(path)  # 404, 501, 403, 401: it will not say otherwise later
         return load_of(bodies.get("/slots"), bodies.get("/metrics")) or self._connections()
 
-    def _ask(self, path: str) -> _Fetch:
-        assert self._address is not None  # noqa: S101 - look() has seen to it
-        request = f"GET {self._server.prefix}{path} HTTP/1.0\r\nHost: localhost\r\n"
+    def _ask(self, address: Address, path: str, until: float) -> _Reply | Sight:
+        # In HTTP/1.0 the end of the connection is the end of the answer.
+        request = os.fsencode(f"GET {self._server.prefix}{path} HTTP/1.0\r\nHost: localhost\r\n")
         key = read_key(self._server)
         authorization = b"Authorization: Bearer " + key + b"\r\n" if key else b""
-        return fetch(self._address, os.fsencode(request) + authorization + b"\r\n")
+        until = min(until, time.monotonic() + _EXCHANGE_SECONDS)
+        return fetch(address, request + authorization + b"\r\n", until, self._interrupt)
 
     def _connections(self) -> Look:
         """A server that does not say (TLS, no endpoint, no key): open connections say for it.
 
         Idle ones count as well; llama-server closes them after 5 s.
         """
-        rows = tcp_rows(self._server.port) if self._server.port else []
-        if not any(row.state == _LISTEN for row in rows):
+        states = [state for state, _ in tcp_rows(self._server.port)]
+        if _LISTEN not in states:
             return Look(Sight.UNKNOWN)  # the table cannot be read, or is not the server's
-        return Look(Sight.LOAD, unnamed=sum(row.state == _ESTABLISHED for row in rows))
+        return Look(Sight.LOAD, states.count(_ESTABLISHED))
 
 
-def reachable(address: Address) -> Address:
-    """Where to connect to what listens on `address`: a wildcard is met on the loopback."""
-    if isinstance(address.target, str):
-        return address
-    host, *rest = address.target
-    loopback = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - compared, not bound
-    return Address(address.family, (loopback.get(str(host), host), *rest))
-
-
-def fetch(address: Address, request: bytes) -> _Fetch:
-    """Send `request`, read the reply: in `_EXCHANGE_SECONDS`, up to `_LARGEST_REPLY_BYTES`."""
-    until = time.monotonic() + _EXCHANGE_SECONDS
-    received = b""
+def fetch(address: Address, request: bytes, until: float, interrupt: int) -> _Reply | Sight:
+    """Send `request`, read the reply; without one: REFUSED, SILENT, or UNKNOWN (it may be us)."""
     try:
-        with socket.socket(address.family, socket.SOCK_STREAM) as connection:
-            connection.setblocking(False)
-            fd = connection.fileno()
-            problem = connection.connect_ex(address.target)
-            if problem == errno.EINPROGRESS:
-                yield Wait(fd, select.POLLOUT, until)
-                problem = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-            if problem in (errno.ECONNREFUSED, errno.ENOENT):
-                return Sight.REFUSED
-            if problem or time.monotonic() >= until:
-                return Sight.SILENT
-            connection.send(request)  # smaller than any socket's buffer
-            while not is_complete(received):
-                yield Wait(fd, select.POLLIN, until)
-                if time.monotonic() >= until:
-                    return Sight.SILENT
-                piece = connection.recv(1 << 16)
-                if not piece:
-                    break
-                received += piece
+        return parse_reply(_exchange(address, request, until, interrupt))
+    except ConnectionRefusedError:
+        return Sight.REFUSED
     except ConnectionError:
-        return Reply(0, b"")  # it is there, and does not speak HTTP with us
+        return 0, b""  # it is there, and does not speak HTTP with us
+    except TimeoutError:
+        return Sight.SILENT
     except OSError:
-        return Sight.SILENT  # no descriptor, no memory: nothing about the server
-    return parse_reply(received)
+        return Sight.UNKNOWN  # a signal came, no descriptor, no memory: nothing about the server
 
 
-def is_complete(received: bytes) -> bool:
-    """Whether nothing more is needed of a reply, short of its end of file."""
-    head, separator, body = received.partition(b"\r\n\r\n")
-    if len(received) > _LARGEST_REPLY_BYTES:
-        return True
-    for line in head.split(b"\r\n")[1:] if separator else ():
-        name, _, value = line.partition(b":")
-        if name.strip().lower() == b"content-length" and value.strip().isdigit():
-            return len(body) >= int(value.strip()[:_LONGEST_NUMBER])
-    return False
+def _exchange(address: Address, request: bytes, until: float, interrupt: int) -> bytes:
+    received = b""
+    with socket.socket(address.family, socket.SOCK_STREAM) as connection:
+        connection.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            connection.connect(address.target)
+        _await(connection, select.POLLOUT, until, interrupt)
+        if problem := connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            raise OSError(problem, "cannot connect")
+        connection.send(request)  # smaller than any socket's buffer
+        while len(received) <= _LARGEST_REPLY_BYTES:
+            _await(connection, select.POLLIN, until, interrupt)
+            if not (piece := connection.recv(1 << 16)):
+                break
+            received += piece
+    return received
 
 
-def parse_reply(received: bytes) -> Reply:
+def _await(connection: socket.socket, events: int, until: float, interrupt: int) -> None:
+    fd = connection.fileno()
+    ready = poll({fd: events, interrupt: select.POLLIN}, until)
+    if interrupt in ready:
+        raise InterruptedError
+    if fd not in ready or time.monotonic() >= until:  # one that trickles is always ready
+        raise TimeoutError
+
+
+def parse_reply(received: bytes) -> _Reply:
     """The status and the body of an HTTP reply."""
     head, _, body = received.partition(b"\r\n\r\n")
     words = head.split(None, 2)
     if len(words) < 2 or not words[0].startswith(b"HTTP/1.") or not words[1].isdigit():
-        return Reply(0, b"")
-    return Reply(int(words[1][:_LONGEST_NUMBER]), body)
+        return 0, b""
+    return int(words[1][:4]), body
 
 
 def load_of(slots: bytes | None, metrics: bytes | None) -> Look | None:
     """What the bodies of /slots and /metrics say together; None where they say nothing.
 
-    /slots names the tasks, /metrics also counts those that wait for a slot.
+    They are asked one after the other, so that each may know of a request that the other missed.
     """
-    tasks = None if slots is None else parse_slots(slots)
+    busy = None if slots is None else parse_slots(slots)
     gauges = None if metrics is None else parse_metrics(metrics)
-    if tasks is None and gauges is None:
+    if busy is None and gauges is None:
         return None
-    known = tasks or frozenset()
     processing, deferred = gauges or (0, 0)
-    unnamed = max(0, processing - len(known))
-    return Look(Sight.LOAD, known, unnamed, deferred)
+    return Look(Sight.LOAD, max(busy or 0, processing) + deferred)
 
 
-def parse_slots(body: bytes) -> frozenset[tuple[int, int]] | None:
-    """The (slot, task) pairs in work; None where the body is not what /slots answers."""
+def parse_slots(body: bytes) -> int | None:
+    """How many slots are in work; None where the body is not what /slots answers."""
     slots = _json(body)
-    if not isinstance(slots, list) or not slots:
+    try:
+        busy = [slot["is_processing"] for slot in slots]
+    except (TypeError, KeyError):
         return None
-    busy = set()
-    for slot in slots:
-        if not isinstance(slot, dict) or not isinstance(slot.get("is_processing"), bool):
-            return None
-        if slot["is_processing"]:
-            busy.add((_whole(slot.get("id")), _whole(slot.get("id_task"))))
-    return frozenset(busy)
+    return sum(busy) if busy and all(isinstance(is_busy, bool) for is_busy in busy) else None
+
+
+def is_sleeping(body: bytes) -> bool:
+    """Whether /props says so; builds that do not know of sleep do not."""
+    props = _json(body)
+    return isinstance(props, dict) and props.get("is_sleeping") is True
+
+
+def _json(text: bytes) -> Any:
+    import json  # only while draining: in all the time before it would only take memory
+
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def parse_metrics(body: bytes) -> tuple[int, int] | None:
     """Requests (in work, waiting for a slot); None where the body does not say."""
-    found = {}
-    for line in body.splitlines():
-        name, _, value = line.partition(b" ")
-        found[name] = value.strip()
+    found = {name: value for name, _, value in (line.partition(b" ") for line in body.splitlines())}
     try:
         processing = float(found[b"llamacpp:requests_processing"])
         deferred = float(found.get(b"llamacpp:requests_deferred", b"0"))
@@ -715,36 +621,13 @@ def parse_metrics(body: bytes) -> tuple[int, int] | None:
         return None
 
 
-def _is_sleeping(props: Reply) -> bool:
-    said = _json(props.body)
-    return isinstance(said, dict) and said.get("is_sleeping") is True
-
-
-def _whole(value: object) -> int:
-    return value if isinstance(value, int) else -1
-
-
-def _json(text: bytes) -> object:
-    import json  # only while draining: in all the time before it would only take memory
-
-    try:
-        value: object = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return value
-
-
 def read_key(server: Server) -> bytes | None:
     """The first API key that the server accepts, fit for a header; None where there is none."""
-    if server.key is not None:
-        lines = [os.fsencode(server.key)]
-    elif server.key_file is not None:
-        lines = _read(server.key_file, _LARGEST_KEY_FILE_BYTES).splitlines()
-    else:
-        return None
-    keys = [line.strip() for line in lines if line.strip() and not line.startswith(b"#")]
-    is_fit = keys and len(keys[0]) <= _LONGEST_KEY and min(keys[0]) > 31
-    return keys[0] if is_fit else None
+    text = os.fsencode(server.key)
+    if server.key_file and not text:
+        text = _read(server.key_file, _LARGEST_KEY_FILE_BYTES)
+    keys = [key for line in text.splitlines() if (key := line.strip()) and line[:1] != b"#"]
+    return keys[0] if keys and len(keys[0]) <= _LONGEST_KEY and min(keys[0]) > 31 else None
 
 
 # --- the operating system --------------------------------------------------------------------
@@ -754,48 +637,36 @@ _PR_SET_CHILD_SUBREAPER = 36
 _PROC_PGRP_ONLY = 2  # <sys/proc_info.h> of macOS
 _ESTABLISHED, _LISTEN = 0x01, 0x0A  # <linux/tcp_states.h>
 
-# A signal of its own for the parent's death: TERM could come from anyone, and the kernel also
-# sends this one when only the thread that started us ends, so that it must be checked.
+# A signal of its own for the parent's death: TERM could come from anyone. It only wakes us: the
+# kernel also sends it when just the thread that started us ends. 0: the kernel has no such thing.
 if sys.platform == "linux":
-    _PARENT_DIED: tuple[int, ...] = (signal.SIGRTMIN + 7,)
+    _PARENT_SIGNAL: int = signal.SIGRTMIN + 7
 else:
-    _PARENT_DIED = ()
+    _PARENT_SIGNAL = 0
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 _PASSED_SIGNALS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _CHANGED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)  # ignored by us, not by what we start
 
 
-class TcpRow(NamedTuple):
-    """One row of the kernel's table of TCP sockets."""
-
-    state: int
-    inode: int
+def tcp_rows(port: int) -> list[tuple[int, int]]:
+    """(state, inode) of sockets whose own port this is; none where the kernel shows no table."""
+    return parse_tcp_table(_read("/proc/self/net/tcp") + _read("/proc/self/net/tcp6"), port)
 
 
-def tcp_rows(port: int) -> list[TcpRow]:
-    """The sockets whose own port this is; none where the kernel shows no table."""
-    text = _read("/proc/self/net/tcp") + _read("/proc/self/net/tcp6")
-    return list(parse_tcp_table(text, port))
-
-
-def parse_tcp_table(text: bytes, port: int) -> Iterator[TcpRow]:
+def parse_tcp_table(text: bytes, port: int) -> list[tuple[int, int]]:
     """Rows of /proc/net/tcp: number, local address, remote address, state, …, inode (10th)."""
+    rows = [words for line in text.splitlines() if len(words := line.split()) > 9]
     ending = b":%04X" % port
-    for line in text.splitlines():
-        words = line.split()
-        if len(words) > 9 and words[1].endswith(ending):
-            yield TcpRow(int(words[3], 16), int(words[9]))
+    return [(int(row[3], 16), int(row[9])) for row in rows if row[1].endswith(ending)]
 
 
-def _socket_inodes(pid: int) -> Iterator[int]:
-    try:
-        for fd in os.listdir(f"/proc/{pid}/fd"):
-            target = os.readlink(f"/proc/{pid}/fd/{fd}")
-            if target.startswith("socket:["):
-                yield int(target[8:-1])
-    except OSError:
-        return  # gone, or not ours to look into
+def _open_files(pid: int) -> Iterator[str]:
+    folder = f"/proc/{pid}/fd"
+    with contextlib.suppress(OSError):  # gone, or not ours to look into
+        for fd in os.listdir(folder):
+            with contextlib.suppress(OSError):  # closed meanwhile
+                yield os.readlink(f"{folder}/{fd}")
 
 
 def _processes() -> list[int]:
@@ -807,45 +678,47 @@ def _processes() -> list[int]:
 
 def _read(path: str, limit: int = 1 << 24) -> bytes:
     """At most `limit` bytes of a file; nothing where it cannot be read."""
-    pieces = []
-    try:
+    text = b""
+    with contextlib.suppress(OSError):
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        try:
-            while limit > 0 and (piece := os.read(fd, min(limit, 1 << 16))):
-                pieces.append(piece)
-                limit -= len(piece)
-        finally:
-            os.close(fd)
-    except OSError:
-        return b""
-    return b"".join(pieces)
+        with open(fd, "rb", buffering=0) as file:
+            while len(text) < limit and (piece := file.read(min(limit - len(text), 1 << 16))):
+                text += piece
+    return text
 
 
-def _load_prctl() -> Callable[[int, int], object] | None:
+def poll(events: Mapping[int, int], until: float) -> set[int]:
+    """Which descriptors are ready, as soon as one is or it is `until` (monotonic seconds)."""
+    poller = select.poll()
+    for fd, wanted in events.items():
+        poller.register(fd, wanted)
+    seconds = max(0.0, until - time.monotonic())
+    # Rounded up: a poll that returns too early would only be repeated.
+    timeout = None if seconds == float("inf") else int(min(seconds, 1e6) * 1000) + 1
+    return {fd for fd, _ in poller.poll(timeout)}
+
+
+def _load_prctl() -> Callable[[int, int], object]:
+    """prctl(2); where there is none, what does nothing."""
     if sys.platform != "linux":
-        return None
+        return lambda _option, _value: None
     import ctypes
 
-    prctl = ctypes.CDLL(None).prctl
-
-    def call(option: int, value: int) -> object:
-        zero = ctypes.c_ulong(0)
-        return prctl(ctypes.c_int(option), ctypes.c_ulong(value), zero, zero, zero)
-
-    return call
+    prctl, zero = ctypes.CDLL(None).prctl, ctypes.c_ulong(0)
+    return lambda option, value: prctl(
+        ctypes.c_int(option), ctypes.c_ulong(value), zero, zero, zero
+    )
 
 
-def cpu_seconds(pid: int) -> float | None:
-    """The processor time of a process so far; None where it cannot be told.
+def cpu_seconds(pid: int) -> float:
+    """The processor time of a process so far; 0 where it cannot be told.
 
     The clock's number is what clock_getcpuclockid(3) makes of a pid on Linux.
     """
-    if sys.platform != "linux":
-        return None
     try:
-        return time.clock_gettime((~pid << 3) | 2)
+        return time.clock_gettime((~pid << 3) | 2) if sys.platform == "linux" else 0.0
     except OSError:
-        return None
+        return 0.0
 
 
 class Family:
@@ -857,11 +730,12 @@ class Family:
     there are such, their orphans would be strangers too: then we adopt none.
     """
 
-    def __init__(self, prctl: Callable[[int, int], object] | None) -> None:
+    def __init__(self, prctl: Callable[[int, int], object]) -> None:
         self._is_childless = False
+        self._strangers: frozenset[int] = frozenset()
         self.reap()
-        self._strangers = frozenset() if self._is_childless else frozenset(self._members())
-        if prctl is not None and not self._strangers:
+        self._strangers = frozenset(self.left())
+        if not self._strangers:
             prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
     def reap(self) -> dict[int, int]:
@@ -877,20 +751,19 @@ class Family:
 
     def left(self) -> list[int]:
         """Who was still there at the last `reap`."""
-        if sys.platform == "linux" and self._is_childless:
+        if sys.platform == "darwin":
+            members = _group_members(os.getpgrp()) - {os.getpid()}
+        elif self._is_childless:
             return []  # by the kernel's word: no need to look
-        return sorted(self._members() - self._strangers)
+        else:
+            members = {pid for pid in _processes() if _parent_of(pid) == os.getpid()}
+        return sorted(members - self._strangers)
 
     def kill(self, pids: Iterable[int]) -> None:
         """What refuses (it changed its user) is reported as left."""
         for pid in pids:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
-
-    def _members(self) -> set[int]:
-        if sys.platform == "darwin":
-            return _group_members(os.getpgrp()) - {os.getpid()}
-        return {pid for pid in _processes() if _parent_of(pid) == os.getpid()}
 
 
 def _parent_of(pid: int) -> int:
@@ -920,8 +793,9 @@ class Signals:
         # What our parent had us ignore (nohup, a shell's background job) stays ignored.
         optional = [*_STOP_SIGNALS, *_PASSED_SIGNALS]
         heeded = {n for n in optional if signal.getsignal(n) is not signal.SIG_IGN}
-        always = {signal.SIGCHLD, signal.SIGTERM}
-        self._ours: set[int] = {*heeded, *always, *_PARENT_DIED}
+        self._ours: set[int] = {*heeded, signal.SIGCHLD, signal.SIGTERM}
+        if _PARENT_SIGNAL:
+            self._ours.add(_PARENT_SIGNAL)
         for number in self._ours:
             signal.signal(number, lambda *_: None)
 
@@ -933,12 +807,15 @@ class Signals:
             return []
 
     def spawn(self, become: Callable[[], None]) -> int:
-        """Fork; the child runs `become`, which does not return, with all signals as we found them.
+        """Fork; the child runs `become`, and should not return, with all signals as we found them.
 
         Signals are held back meanwhile: one that the child got would be written into our pipe.
         """
         former = signal.pthread_sigmask(signal.SIG_BLOCK, self._ours)
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError as error:
+            raise StartError(EXIT_OS_ERROR, f"cannot make a process: {error.strerror}") from None
         if pid == 0:
             try:
                 signal.set_wakeup_fd(-1)
@@ -946,18 +823,31 @@ class Signals:
                     signal.signal(number, signal.SIG_DFL)
                 signal.pthread_sigmask(signal.SIG_SETMASK, former)
                 become()
-            except OSError as error:
-                say(f"cannot run the server: {error.strerror}")
             finally:
                 os._exit(EXIT_ENGINE_MISSING)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, self._ours)
         return pid
 
 
-def say(line: str) -> None:
-    """One line on stderr, in one write: the server writes there as well."""
-    with contextlib.suppress(OSError):  # nobody reads any more
-        os.write(2, f"synapse-run: {line}\n".encode(errors="backslashreplace"))
+def say(line: str, *, afresh: bool = False) -> None:
+    """One line on stderr, in one write: the server writes there as well.
+
+    `afresh`: whoever wrote before may have left a line unfinished. A pipe that stays full, or that
+    nobody reads any more, must not hold us up.
+    """
+    text = f"synapse-run: {' '.join(line.splitlines())}".encode(errors="backslashreplace")
+    with contextlib.suppress(OSError):
+        if poll({2: select.POLLOUT}, time.monotonic() + _SAY_SECONDS):
+            os.write(2, b"\n" * afresh + text[:_LONGEST_LINE] + b"\n")
+
+
+def open_missing_streams() -> None:
+    """Whatever is opened next would get the number of a closed one: a log written to a socket."""
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
 
 
 def parent_died_before(environment: Mapping[str, str]) -> bool:
@@ -966,12 +856,12 @@ def parent_died_before(environment: Mapping[str, str]) -> bool:
     Then the pipe that it holds to our stdin is closed, and whoever adopted us is of another
     session. Each alone may be otherwise explained.
     """
-    if "SUPERVISOR_ENABLED" not in environment:
+    if "SUPERVISOR_ENABLED" not in environment or not poll({0: 0}, 0.0):
         return False
-    poller = select.poll()
-    poller.register(0, 0)
-    hung_up = any(events & select.POLLHUP for _, events in poller.poll(0))
-    return hung_up and os.getsid(os.getppid()) != os.getsid(0)
+    try:
+        return os.getsid(os.getppid()) != os.getsid(0)
+    except ProcessLookupError:
+        return True  # right now
 
 
 # --- running ---------------------------------------------------------------------------------
@@ -983,42 +873,63 @@ class Launcher:
     def __init__(
         self,
         pid: int,
+        parent: int,
         policy: Policy,
         window: Window,
         family: Family,
         signals: Signals,
-        parent: int,
     ) -> None:
-        self._pid = pid
-        self._policy = policy
-        self._window = window
-        self._family = family
-        self._signals = signals
-        self._parent = parent
+        self._pid, self._parent = pid, parent
+        self._policy, self._window = policy, window
+        self._family, self._signals = family, signals
         self._state = State()
         self._is_reaped = False
-        self._looking: _Looking | None = None
-        self._wait: Wait | None = None
+        self._started_at = time.monotonic()
 
     def run(self) -> int:
         """Until the server is gone, and everything of it; our exit status."""
         while self._state.phase is not Phase.ENDED:
             for seen in self._observe():
                 self._advance(seen)
-        self._abandon_look()
         left = self._sweep()
-        self._report(left)
-        return EXIT_LEFT_BEHIND if left else exit_status(self._state)
+        since = self._started_at if self._state.asked_by is None else self._state.asked_at
+        say(last_line(self._state, time.monotonic() - since, left), afresh=True)
+        return EXIT_OS_ERROR if left else exit_status(self._state)
+
+    def _observe(self) -> list[Seen]:
+        """Wait until something happens; what it was, in its order."""
+        until = self._state.wake_at
+        if not _PARENT_SIGNAL:
+            until = min(until, time.monotonic() + _PARENT_POLL_SECONDS)
+        poll({self._signals.fd: select.POLLIN}, until)
+        seen = self._heed_signals()
+        if time.monotonic() >= self._state.wake_at:
+            seen.append(Tick())
+        if os.getppid() != self._parent:
+            seen.append(StopAsked(PARENT_DIED))
+        return seen
+
+    def _heed_signals(self) -> list[Seen]:
+        seen: list[Seen] = []
+        for number in self._signals.read():
+            if number in _STOP_SIGNALS:
+                seen.append(StopAsked(signal.Signals(number).name))
+            elif number in _PASSED_SIGNALS:
+                self._send(number)
+        # Whatever came: several SIGCHLD may have come as one.
+        status = self._family.reap().get(self._pid)
+        if status is not None:
+            self._is_reaped = True
+            seen.append(Exited(status))
+        return seen
 
     def _advance(self, seen: Seen) -> None:
         self._state, actions = next_step(self._state, seen, time.monotonic(), self._policy)
         for action in actions:
             match action:
                 case Action.LOOK:
-                    self._looking = self._window.look()
-                    self._wait = None
+                    self._advance(self._look())
                 case Action.TERM:
-                    self._abandon_look()
                     self._send(signal.SIGTERM)
                 case Action.KILL:
                     self._send(signal.SIGKILL)
@@ -1026,106 +937,33 @@ class Launcher:
                 case _:
                     assert_never(action)
 
+    def _look(self) -> Look:
+        begin, used_before = time.monotonic(), cpu_seconds(self._pid)
+        look = self._window.look(self._state.drain_until)
+        worked = cpu_seconds(self._pid) - used_before
+        if look.sight is Sight.SILENT and worked > _WORKING_SHARE * (time.monotonic() - begin):
+            return Look(Sight.WORKING)  # what it computes is someone's request
+        return look
+
     def _send(self, number: int) -> None:
         if self._is_reaped:
             return  # its number may be someone else's by now
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(self._pid, number)
 
-    # -- seeing
-
-    def _observe(self) -> list[Seen]:
-        """Wait until something happens; what it was, in its order."""
-        if self._looking is not None and self._wait is None:
-            return self._go_on_looking()
-        ready = self._poll()
-        seen = self._heed_signals()
-        now = time.monotonic()
-        if self._wait is not None and (self._wait.fd in ready or now >= self._wait.until):
-            seen += self._go_on_looking()
-        if now >= self._state.wake_at:
-            seen.append(Tick())
-        if not _PARENT_DIED and self._is_orphaned():
-            seen.append(StopAsked("parent-died", parent_died=True))
-        return seen
-
-    def _poll(self) -> set[int]:
-        poller = select.poll()
-        poller.register(self._signals.fd, select.POLLIN)
-        until = self._state.wake_at
-        if self._wait is not None:
-            poller.register(self._wait.fd, self._wait.events)
-            until = min(until, self._wait.until)
-        seconds = max(0.0, until - time.monotonic())
-        if not _PARENT_DIED:
-            seconds = min(seconds, _PARENT_POLL_SECONDS)
-        # Rounded up: a poll that returns too early would only be repeated.
-        timeout = None if seconds == float("inf") else int(min(seconds, 1e6) * 1000) + 1
-        return {fd for fd, _ in poller.poll(timeout)}
-
-    def _heed_signals(self) -> list[Seen]:
-        seen: list[Seen] = []
-        for number in self._signals.read():
-            if number == signal.SIGCHLD:
-                continue  # several may have come as one; below
-            if number in _PARENT_DIED:
-                if self._is_orphaned():
-                    seen.append(StopAsked("parent-died", parent_died=True))
-            elif number in _STOP_SIGNALS:
-                seen.append(StopAsked(signal.Signals(number).name))
-            else:
-                self._send(number)
-        status = self._family.reap().get(self._pid)
-        if status is not None:
-            self._is_reaped = True
-            seen.append(Exited(status))
-        return seen
-
-    def _is_orphaned(self) -> bool:
-        return os.getppid() != self._parent
-
-    def _go_on_looking(self) -> list[Seen]:
-        if self._looking is None:
-            return []
-        try:
-            self._wait = next(self._looking)
-        except StopIteration as end:
-            look: Look = end.value
-            self._looking = self._wait = None
-            return [look._replace(cpu_seconds=cpu_seconds(self._pid))]
-        return []
-
-    def _abandon_look(self) -> None:
-        if self._looking is not None:
-            self._looking.close()
-        self._looking = self._wait = None
-
-    # -- ending
-
     def _sweep(self) -> list[int]:
         """Kill what the server left behind until nothing is; who is still there in the end."""
-        patience = _KILL_SECONDS if self._state.status is not None else 0.0
-        until = time.monotonic() + patience
+        was_killed = self._state.sent == "KILL"  # then the time runs already
+        until = self._state.wake_at if was_killed else time.monotonic() + _KILL_SECONDS
         while left := self._family.left():
             if time.monotonic() >= until:
                 return left
             self._family.kill(left)
-            poller = select.poll()
-            poller.register(self._signals.fd, select.POLLIN)
-            poller.poll(20)  # a death wakes us at once; on macOS orphans die unannounced
+            # A death wakes us at once; on macOS orphans die unannounced.
+            poll({self._signals.fd: select.POLLIN}, time.monotonic() + 0.02)
             self._signals.read()
             self._family.reap()
         return []
-
-    def _report(self, left: list[int]) -> None:
-        state = self._state
-        if state.asked_by is not None:
-            line = stopped_line(state, time.monotonic())
-        elif state.status is not None and (os.WIFSIGNALED(state.status) or left):
-            line = f"ended by itself: server={describe_status(state.status)}"
-        else:
-            return  # it has said for itself why it ended
-        say(line + (f", left_behind={'+'.join(map(str, left))}" if left else ""))
 
 
 def main() -> int:
@@ -1134,38 +972,48 @@ def main() -> int:
     if arguments in (["--help"], ["-h"]):
         print(_USAGE)
         return 0
+    open_missing_streams()
+    at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    say(f"start: pid={os.getpid()}, at={at}", afresh=True)
     try:
         policy, server = parse_command(arguments, os.environ)
-        executable, address = preflight(server, os.get_exec_path())
+        status = _launch(policy, server, preflight(server))
     except StartError as error:
         say(str(error))
         return error.status
-    return _launch(policy, server, executable, address)
+    # At once: a signal that comes while Python takes itself apart would replace the status.
+    os._exit(status)
 
 
-def _launch(policy: Policy, server: Server, executable: str, address: Address | None) -> int:
+def _launch(policy: Policy, server: Server, address: Address | None) -> int:
     parent = os.getppid()
     signals = Signals()
     prctl = _load_prctl()
-    if prctl is not None:
-        prctl(_PR_SET_PDEATHSIG, *_PARENT_DIED)
+    prctl(_PR_SET_PDEATHSIG, _PARENT_SIGNAL)
     if os.getppid() != parent or parent_died_before(os.environ):
         say("not started: the parent has died")
         return 0
     if os.getpgrp() != os.getpid():
         os.setpgid(0, 0)  # whoever kills our group must hit nobody but us
     family = Family(prctl)
-    environment = {"GGML_NO_BACKTRACE": "1", **os.environ}
     launcher = os.getpid()
 
     def become() -> None:
-        if prctl is not None:
-            prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() == launcher:
-            os.execve(executable, server.argv, environment)  # noqa: S606 - no shell is the point
+        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() == launcher:  # else it died before the line above
+            _execute(server.argv)
 
     pid = signals.spawn(become)
-    return Launcher(pid, policy, Window(server, address), family, signals, parent).run()
+    window = Window(server, address, signals.fd)
+    return Launcher(pid, parent, policy, window, family, signals).run()
+
+
+def _execute(argv: tuple[str, ...]) -> None:
+    environment = {"GGML_NO_BACKTRACE": "1", **os.environ}
+    try:
+        os.execvpe(argv[0], argv, environment)  # noqa: S606 - no shell is the point
+    except (OSError, ValueError) as error:
+        say(f"cannot run {argv[0]!a}: {getattr(error, 'strerror', error)}")
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ class Interrupts:
 def connect(deployment: Deployment) -> Supervisord | None:
     """The deployment's supervisord, if it is up."""
     rpc = Supervisord(deployment.socket, _QUICK_TIMEOUT_SECONDS)
-    return rpc if deployment.socket.exists() and rpc.is_up() else None
+    return rpc if rpc.is_up() else None
 
 
 def start_supervisord(deployment: Deployment) -> Supervisord:
@@ -80,16 +80,30 @@ def start_supervisord(deployment: Deployment) -> Supervisord:
         while not rpc.is_up():
             if child.poll() is not None:
                 printed.seek(0)
-                text = printed.read(65536).decode("utf-8", "replace").strip()
-                last = ascii(text.splitlines()[-1]) if text else "it said nothing"
+                why = _reason(printed.read(65536).decode("utf-8", "replace"))
                 log = deployment.log / "supervisord.log"
-                raise ConfigError(f"supervisord did not start: {last}; its log is {log}")
+                raise ConfigError(f"supervisord did not start: {why}; its log is {log}")
             if time.monotonic() > deadline:
                 raise ApplyError(
                     f"supervisord (pid {child.pid}) gives no answer; it was left alone"
                 )
             time.sleep(_POLL_SECONDS)
     return rpc
+
+
+def _reason(printed: str) -> str:
+    """What supervisord died of: the line that it calls an error, else its last."""
+    lines = printed.strip().splitlines()
+    errors = [line for line in lines if line.startswith("Error:")]
+    return ascii((errors or lines)[-1]) if lines else "it said nothing"
+
+
+def unknown_to(rpc: Supervisord, names: frozenset[str]) -> frozenset[str]:
+    """Those of `names` that supervisord has no program for; nobody may wait for them."""
+    try:
+        return names - {process.name for process in rpc.processes()}
+    except (TransientError, ShuttingDown):
+        return frozenset()
 
 
 def watch(rpc: Supervisord, interrupts: Interrupts) -> Iterator[Snapshot]:

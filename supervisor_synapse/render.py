@@ -16,6 +16,7 @@ from pathlib import Path
 
 import jinja2
 
+from supervisor_synapse.core.catalog import PROGRAM_NAME, RESERVED_NAMES
 from supervisor_synapse.core.model import Engine, Program
 from supervisor_synapse.core.settings import StopPolicy
 from supervisor_synapse.errors import ConfigError
@@ -23,7 +24,6 @@ from supervisor_synapse.errors import ConfigError
 MAIN_TEMPLATE = "supervisord.conf.j2"
 PROGRAM_TEMPLATE = "program.conf.j2"
 
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 _PATH = re.compile(r"/[A-Za-z0-9_@+=:,./-]*( [A-Za-z0-9_@+=:,./-]+)*")
 _ARGUMENT = re.compile(r"[A-Za-z0-9_@%+=:,./\[\]{}\"*^| -]*")
 _LONGEST_ARGUMENT = 1000
@@ -94,9 +94,12 @@ class Templates:
             raise ConfigError(
                 f"template {error.name or template}, line {error.lineno}: {error.message}"
             ) from None
-        except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+        except (
+            jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError,
+            TypeError, ValueError,
+        ) as error:  # fmt: skip
             raise ConfigError(f"template {template}: {error}") from None
-        except (OSError, UnicodeDecodeError) as error:
+        except OSError as error:
             raise ConfigError(f"cannot read template {template}: {error}") from None
 
 
@@ -143,8 +146,8 @@ def render_program(templates: Templates, program: Program, around: Surroundings)
     Raises:
         ConfigError: a value does not pass the allow-list, or the template is broken.
     """
-    if not _NAME.fullmatch(program.name):
-        raise ConfigError(f"{program.name!a} is not a program name")
+    if not PROGRAM_NAME.fullmatch(program.name) or program.name in RESERVED_NAMES:
+        raise ConfigError(f"{program.name[:200]!a} is not a name that a model's program may have")
     command = _command(program, around)
     environment = _environment(around.engine)
     log_file = _plain(f"{around.log_folder}/{program.name}.log")

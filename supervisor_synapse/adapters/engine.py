@@ -21,7 +21,9 @@ _NAME = "llama-server"
 _ANSWER_SECONDS = 30.0  # a first start may compile shaders or page in from a slow disk
 _FLAG = re.compile(r"(?<![\w-])--?[a-zA-Z][a-zA-Z0-9-]*")
 _VERSION = re.compile(r"version:\s*(.+)")
-_DEVICE = re.compile(r"^\s+(\w+):\s+(.*?)\s+\((\d+) MiB, (\d+) MiB free\)\s*$", re.MULTILINE)
+_DEVICE = re.compile(
+    r"^\s+(\w+):\s+(.*?)\s+\(([0-9]{1,15}) MiB, ([0-9]{1,15}) MiB free\)\s*$", re.MULTILINE
+)
 
 
 def find(setting: str, answer_seconds: float = _ANSWER_SECONDS) -> Engine:

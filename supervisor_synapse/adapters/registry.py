@@ -7,7 +7,7 @@ Written by discovery alone; the listener and the commands read it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
@@ -19,6 +19,7 @@ from supervisor_synapse.core.settings import Settings
 
 _VERSION = 1
 _MOST_DIGESTS = 8
+_NO_PORT = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,17 @@ class Registry:
         return {key: entry.name for key, entry in self.entries.items()}
 
     def choices(self) -> dict[str, Choice]:
-        return {key: entry.choice for key, entry in self.entries.items()}
+        """Model key → what was chosen for it.
+
+        One that was away while its port went to another has no claim to it any more.
+        """
+        in_use = {entry.choice.port for entry in self.entries.values() if entry.present}
+        return {
+            key: replace(entry.choice, port=_NO_PORT)
+            if not entry.present and entry.choice.port in in_use
+            else entry.choice
+            for key, entry in self.entries.items()
+        }
 
     def digests(self) -> dict[str, tuple[str, ...]]:
         """Program name → what discovery wrote for it."""
@@ -71,16 +82,21 @@ def with_digest(digests: tuple[str, ...], digest: str) -> tuple[str, ...]:
 
 
 def load(path: Path) -> Registry:
-    """The registry; an empty one where there is none, or where it does not validate."""
+    """The registry; an empty one where there is none.
+
+    One that does not validate, or is of another version, is set aside: nobody writes over it.
+    """
     value = store.read_json(path)
     if value is None:
         return Registry()
     try:
         registry = _REGISTRY.validate_python(value)
     except ValidationError:
+        registry = None
+    if registry is None or registry.version != _VERSION:
         store.set_aside(path)
         return Registry()
-    return registry if registry.version == _VERSION else Registry()
+    return registry
 
 
 def save(path: Path, registry: Registry) -> None:

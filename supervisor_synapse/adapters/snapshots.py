@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from supervisor_synapse.core.failures import printable
 from supervisor_synapse.core.model import Failure, ProcessState, Row, Snapshot
 from supervisor_synapse.errors import TransientError
 
@@ -83,7 +84,8 @@ def load(text: str) -> Snapshot:
     except (
         ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError,
     ) as error:  # fmt: skip
-        raise TransientError(f"cannot read the listener's snapshot: {error}") from None
+        why = printable(str(error))
+        raise TransientError(f"cannot read the listener's snapshot: {why}") from None
 
 
 def age_seconds(text: str) -> float | None:

@@ -22,6 +22,7 @@ from typing import Annotated, Any, Protocol, TypeVar
 from pydantic import Field, TypeAdapter, ValidationError
 
 from supervisor_synapse.adapters import snapshots
+from supervisor_synapse.core.failures import printable
 from supervisor_synapse.core.model import ProcessState, Snapshot
 from supervisor_synapse.errors import ConfigError, ShuttingDown, TransientError
 
@@ -98,9 +99,7 @@ def _validated(shape: TypeAdapter[_T], answer: object) -> _T:
     try:
         return shape.validate_python(answer)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise TransientError(f"cannot read supervisord's answer: {where}: {first['msg']}") from None
+        raise TransientError(f"cannot read supervisord's answer: {printable(str(error))}") from None
 
 
 class _UnixConnection(http.client.HTTPConnection):
@@ -136,12 +135,13 @@ class Supervisord:
         except xmlrpc.client.Fault as fault:
             if fault.faultCode == Fault.SHUTDOWN_STATE:
                 raise ShuttingDown("supervisord is shutting down") from None
-            raise Refused(fault.faultCode, fault.faultString) from None
+            raise Refused(fault.faultCode, printable(str(fault.faultString))) from None
         except (OSError, http.client.HTTPException) as error:
-            why = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            why = getattr(error, "strerror", None) or printable(str(error)) or type(error).__name__
             raise TransientError(f"cannot reach supervisord at {self._path}: {why}") from None
         except Exception as error:  # expat's errors share no base but this one
-            raise TransientError(f"cannot read supervisord's answer: {error}") from None
+            why = printable(str(error))
+            raise TransientError(f"cannot read supervisord's answer: {why}") from None
         return answer
 
     def _post(self, body: bytes) -> bytes:
@@ -179,7 +179,9 @@ class Supervisord:
         try:
             return tuple(_PROCESSES.validate_json(text))
         except ValidationError as error:
-            raise TransientError(f"cannot read the process table: {printable(str(error))}") from None
+            raise TransientError(
+                f"cannot read the process table: {printable(str(error))}"
+            ) from None
 
     def process(self, name: str) -> Process | None:
         """One process; None where supervisord knows none of that name."""
@@ -217,7 +219,7 @@ class Supervisord:
     def snapshot(self) -> Snapshot | None:
         """What the listener published last, with the states of now; None before it did."""
         text = self.call("synapse.models")
-        return snapshots.load(str(text)) if text else None
+        return None if text == "" else snapshots.load(str(text))
 
     def start(self, name: str) -> None:
         """Ask for a start; a program that runs already is no error."""
@@ -288,7 +290,8 @@ def check_block(block: Expected, keys: frozenset[str]) -> None:
 
     parser = UnhosedConfigParser()
     try:
-        parser.read_string(block.text)
+        # As from a file: there a bare carriage return ends a line too.
+        parser.read_file(io.StringIO(block.text, newline=None))
     except configparser.Error as error:
         raise ConfigError(f"the block of {block.name} does not parse: {error}") from None
     sections = parser.sections()
@@ -318,11 +321,23 @@ def parse_back(main: Path, candidates: Path, blocks: Sequence[Expected]) -> None
         _require_text(main, candidates)
         root = options.read_config(_Named(_with_candidates(main, candidates), str(main)))
     except (ValueError, configparser.Error, OSError) as error:
-        problem = " ".join(str(error).replace(str(candidates), str(main.parent / "conf.d")).split())
+        problem = " ".join(str(error).split())
+        for folder in (_seen_from(main, candidates), str(candidates)):
+            problem = problem.replace(folder, str(main.parent / "conf.d"))
         raise ConfigError(f"supervisord would not read the configuration: {problem}") from None
     found = {group.name: group for group in root.process_group_configs}
     for block in blocks:
         _compare(block, found.get(block.name))
+
+
+def _relative(main: Path, candidates: Path) -> str:
+    """From the main file's folder, which may be a link: `..` leads up from where it really is."""
+    return os.path.relpath(os.path.realpath(candidates), os.path.realpath(main.parent))
+
+
+def _seen_from(main: Path, candidates: Path) -> str:
+    """The candidates' folder as supervisord's parser names it."""
+    return os.path.join(main.parent, _relative(main, candidates))
 
 
 def _require_text(main: Path, candidates: Path) -> None:
@@ -346,7 +361,7 @@ def _with_candidates(main: Path, candidates: Path) -> str:
         raise ConfigError(f"{main}: [include] files = conf.d/*.conf is missing")
     own = main.parent / "conf.d"
     # Relative, as a pattern must not hold the blanks that the prefix may hold.
-    there = os.path.relpath(candidates, main.parent)
+    there = _relative(main, candidates)
     patterns = []
     for pattern in parser.get("include", "files").split():
         path = os.path.normpath(os.path.join(main.parent, pattern))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 from supervisor_synapse.core.estimate import prompt_cache_bytes
 from supervisor_synapse.core.model import Engine, Role
@@ -91,21 +92,21 @@ _SERVED_FLAGS = {
 def parse_served(command: Sequence[str], planned: Served) -> Served | None:
     """What a launcher's command line says; None where it is not one (yet).
 
-    `planned` fills in what the line does not say. Between fork and exec a process still shows its
-    parent's command line.
+    `planned` fills in what the line does not say, and stands where the line makes no sense.
+    Between fork and exec a process still shows its parent's command line.
     """
     if "--" not in command:
         return None
     words = list(command[command.index("--") + 1 :])
     said: dict[str, str] = {}
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in zip_longest(words, words[1:], fillvalue=""):
         flag, has_value, value = word.partition("=")
         if flag in _SERVED_FLAGS:
             said[_SERVED_FLAGS[flag]] = value if has_value else following
     try:
         return Served(
             host=said.get("host", planned.host),
-            port=int(said.get("port", planned.port)),
+            port=_port(said["port"]) if "port" in said else planned.port,
             alias=said.get("alias", planned.alias),
             context=int(said.get("context", planned.context)),
             parallel=int(said.get("parallel", planned.parallel)),
@@ -114,3 +115,10 @@ def parse_served(command: Sequence[str], planned: Served) -> Served | None:
         )
     except ValueError:
         return planned
+
+
+def _port(text: str) -> int:
+    port = int(text)
+    if not 0 < port < 65536:
+        raise ValueError(f"{port} is no port")
+    return port

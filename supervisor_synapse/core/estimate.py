@@ -50,7 +50,7 @@ def estimate(header: Header, load: Load, projector_bytes: int = 0) -> Estimate:
         weights_bytes=_weights(header, on_host=on_host) + projector_bytes,
         kv_bytes=kv_bytes,
         recurrent_bytes=_recurrent(header, load.parallel),
-        compute_bytes=_compute(header, load, max(cells, default=0), _full_cells(load)),
+        compute_bytes=_compute(header, load),
         overhead_bytes=overhead + (prompt_cache_bytes(kv_bytes) if on_host else 0),
         source="header",
     )
@@ -79,6 +79,11 @@ def _full_cells(load: Load) -> int:
     return _pad(load.context)
 
 
+def _window_cells(header: Header, load: Load) -> int:
+    wanted = header.sliding_window * load.parallel + load.ubatch
+    return _pad(min(_full_cells(load), wanted))
+
+
 def _at(values: tuple[int, ...], layer: int) -> int:
     """A per-layer value, where one value may stand for all layers."""
     if not values:
@@ -98,8 +103,7 @@ def _is_windowed(header: Header, layer: int) -> bool:
 
 def _layer_cells(header: Header, load: Load) -> list[int]:
     """Cache cells of each layer; 0 for a layer without attention."""
-    full = _full_cells(load)
-    window = _pad(min(full, header.sliding_window * load.parallel + load.ubatch))
+    full, window = _full_cells(load), _window_cells(header, load)
     return [
         0 if not _has_cache(header, layer) else window if _is_windowed(header, layer) else full
         for layer in range(header.layers)
@@ -133,7 +137,16 @@ def _recurrent(header: Header, parallel: int) -> int:
     return _RECURRENT_ELEMENT_BYTES * parallel * layers * (convolution + state * inner)
 
 
-def _compute(header: Header, load: Load, largest_cells: int, full_cells: int) -> int:
+def _mask_cells(header: Header, load: Load) -> int:
+    """Cells over all caches: layers with a window share one, the others another."""
+    kinds = {
+        _is_windowed(header, layer) for layer in range(header.layers) if _has_cache(header, layer)
+    }
+    full, window = _full_cells(load), _window_cells(header, load)
+    return sum(window if windowed else full for windowed in kinds)
+
+
+def _compute(header: Header, load: Load) -> int:
     """Scratch for one ubatch: the attention mask of each cache, and the widest activations."""
     ubatch = min(load.ubatch, load.context)
     feed_forward = max(header.feed_forward_length, default=0)
@@ -145,6 +158,5 @@ def _compute(header: Header, load: Load, largest_cells: int, full_cells: int) ->
         )
     else:
         activations = 3 * feed_forward + 3 * width
-    caches = largest_cells + (full_cells if header.sliding_window else 0)
     logits = 4 * load.parallel * header.vocabulary_size
-    return 2 * ubatch * caches + 4 * ubatch * activations + logits
+    return 2 * ubatch * _mask_cells(header, load) + 4 * ubatch * activations + logits

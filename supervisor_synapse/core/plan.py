@@ -33,6 +33,7 @@ class Choice:
     device: str
     fitted: bool  # enabled because it fitted
     basis: str
+    placed: bool = False  # enabled, and there was memory for it when this was chosen
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +123,8 @@ def make_plan(models: Sequence[Model], settings: Settings, world: World) -> Plan
         )
         choices[key] = Choice(
             port=ports[key], context=fit.context, device=fit.device.name,
-            fitted=enabled and candidate.said.enabled is None, basis=_basis(candidate),
+            fitted=enabled and _is_by_fit(candidate, settings), basis=_basis(candidate),
+            placed=enabled and (fit.fits or _keeps_its_place(candidate, world, fit)),
         )  # fmt: skip
     return Plan(tuple(programs), choices, tuple(problems))
 
@@ -144,9 +146,9 @@ def _place_wanted(candidates: Sequence[_Candidate], settings: Settings, world: W
     fits: dict[str, _Fit] = {}
     reasons: dict[str, str] = {}
     repos_served: set[str] = set()
-    for candidate in _by_preference(candidates, settings.enable):
+    for candidate in _by_preference(candidates, settings.enable, world):
         key, repo = candidate.model.key, _family(candidate.model)
-        by_fit = candidate.said.enabled is None and settings.enable is Enable.FIT
+        by_fit = _is_by_fit(candidate, settings)
         if by_fit and repo in repos_served:
             reasons[key] = "another quantization of this repo is enabled"
             continue
@@ -176,11 +178,18 @@ def _family(model: Model) -> str:
     return f"{model.repo}\0{model.header.architecture}\0{model.header.parameters}"
 
 
-def _by_preference(candidates: Sequence[_Candidate], enable: Enable) -> list[_Candidate]:
+def _is_by_fit(candidate: _Candidate, settings: Settings) -> bool:
+    """Whether memory alone decides if it is enabled."""
+    return candidate.said.enabled is None and settings.enable is Enable.FIT
+
+
+def _by_preference(
+    candidates: Sequence[_Candidate], enable: Enable, world: World
+) -> list[_Candidate]:
     """Those that may run, in the order in which memory is given to them.
 
-    Said outright comes before chosen by fit; among the quantizations of a repo the usual one
-    comes first.
+    Said outright comes before chosen by fit; among the quantizations of a repo the one that was
+    chosen before comes first, else the usual one.
     """
 
     def rank(candidate: _Candidate) -> int:
@@ -199,7 +208,7 @@ def _by_preference(candidates: Sequence[_Candidate], enable: Enable) -> list[_Ca
         may_run,
         key=lambda c: (
             c.said.enabled is not True, c.rule.priority, smallest[_family(c.model)],
-            _family(c.model), rank(c), c.order,
+            _family(c.model), not _was_fitted(c, world), rank(c), c.order,
         ),
     )  # fmt: skip
 
@@ -239,6 +248,16 @@ def _was_fitted(candidate: _Candidate, world: World) -> bool:
     return earlier is not None and earlier.fitted
 
 
+def _keeps_its_place(candidate: _Candidate, world: World, fit: _Fit) -> bool:
+    """Whether `fit` is what was chosen before, when there was memory for it."""
+    earlier = _earlier(candidate, world)
+    return (
+        earlier is not None
+        and earlier.placed
+        and (earlier.context, earlier.device) == (fit.context, fit.device.name)
+    )
+
+
 def _place(candidate: _Candidate, world: World, budget: Mapping[str, int]) -> _Fit:
     """The largest context that fits on the device with the most room; what was chosen before first.
 
@@ -252,7 +271,7 @@ def _place(candidate: _Candidate, world: World, budget: Mapping[str, int]) -> _F
         for device in devices:
             if device.name == earlier.device and earlier.context in contexts:
                 fit = _fit(candidate, device, earlier.context, budget)
-                if fit.fits or (earlier.fitted and fit.estimate.total_bytes <= device.total_bytes):
+                if fit.fits or (earlier.placed and fit.estimate.total_bytes <= device.total_bytes):
                     return fit
     for context in contexts:
         for device in devices:
@@ -286,7 +305,8 @@ def _contexts(candidate: _Candidate) -> list[int]:
     floor = max(min(trained, candidate.rule.min_context), 1)
     contexts = [largest]
     while contexts[-1] // 2 >= max(floor, _SMALLEST_CONTEXT):
-        contexts.append(contexts[-1] // 2 // _SMALLEST_CONTEXT * _SMALLEST_CONTEXT)
+        half = contexts[-1] // 2 // _SMALLEST_CONTEXT * _SMALLEST_CONTEXT
+        contexts.append(max(half, floor))
     if contexts[-1] > floor:
         contexts.append(floor)
     return contexts
@@ -368,7 +388,13 @@ def _ports(
     for candidate in candidates:
         port = candidate.said.port
         if port is not None and port in ports.values():
-            problems.append(Problem(candidate.model.name, f"port {port} is given to two models"))
+            problems.append(
+                Problem(
+                    candidate.model.name,
+                    f"port {port} is given to two models",
+                    "give each a port of its own in synapse.conf, or none",
+                )
+            )
         elif port is not None:
             ports[candidate.model.key] = port
     for candidate in candidates:

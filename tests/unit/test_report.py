@@ -1,0 +1,244 @@
+"""Tables for a person: complete, aligned, one line a model, and harmless to a terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pty
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from supervisor_synapse import report
+from supervisor_synapse.core.model import Device, Failure, FailureClass, Phase, Role, Row, Tier
+from tests.unit.builders import GIB, MIB, gpu, program, row
+
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+
+
+def cells(text: str) -> dict[str, str]:
+    """The columns of a table with one line below its head, by title."""
+    head, line = text.split("\n")
+    starts = [found.start() for found in re.finditer(r"(?<!\S)[A-Z]+(?: [A-Z]+)?(?!\S)", head)]
+    titles = re.findall(r"(?<!\S)[A-Z]+(?: [A-Z]+)?(?!\S)", head)
+    assert len(titles) == len(starts)
+    return dict(zip(titles, re.split(r"\s{2,}", line.strip()), strict=False))
+
+
+@contextlib.contextmanager
+def terminal(columns: int = 160, **environment: str) -> Iterator[None]:
+    """Standard output is a terminal of so many columns."""
+    ours, theirs = pty.openpty()
+    chosen = {"TERM": "xterm-256color", "COLUMNS": str(columns)} | environment
+    with pytest.MonkeyPatch.context() as patch, open(theirs, "w") as stdout:
+        patch.delenv("NO_COLOR", raising=False)
+        for name, value in chosen.items():
+            patch.setenv(name, value)
+        patch.setattr(sys, "stdout", stdout)
+        yield
+    os.close(ours)
+
+
+@pytest.mark.parametrize(
+    ("size_bytes", "shown"),
+    [(None, "-"), (0, "0 MiB"), (MIB, "1 MiB"), (512 * MIB, "512 MiB"), (8 * GIB, "8192 MiB"),
+     (10 * GIB, "10.0 GiB"), (79 * GIB + GIB // 2, "79.5 GiB")],
+)  # fmt: skip
+def test_sizes_are_shown_in_the_unit_that_one_thinks_in(size_bytes: int | None, shown: str) -> None:
+    assert report.mib(size_bytes) == shown
+
+
+# --- the table of models -------------------------------------------------------------------------
+
+
+def test_a_models_line_says_all_of_it() -> None:
+    text = report.models_table([row(slots_busy=2, slots_total=4, measured_bytes=300 * MIB)])
+    assert cells(text) == {
+        "NAME": "tiny-q4_k_m", "TIER": "FAST", "PHASE": "ready", "PORT": "8100",
+        "CONTEXT": "4096", "DEVICE": "CPU", "MEMORY": "300 MiB", "SLOTS": "2/4",
+        "READY IN": "1.2 s", "REASON": "answers 1.2 s after its start",
+    }  # fmt: skip
+
+
+def test_what_was_not_measured_is_marked_as_an_estimate() -> None:
+    assert cells(report.models_table([row(measured_bytes=None)]))["MEMORY"] == "~200 MiB"
+
+
+def test_what_is_not_known_is_a_dash() -> None:
+    shown = cells(report.models_table([row(slots_busy=None, ready_seconds=None)]))
+    assert (shown["SLOTS"], shown["READY IN"]) == ("-/4", "-")
+
+
+@pytest.mark.parametrize("phase", list(Phase))
+@pytest.mark.parametrize("tier", list(Tier))
+def test_every_phase_and_tier_can_be_shown(phase: Phase, tier: Tier) -> None:
+    """Tiers in upper case, phases in lower."""
+    shown = cells(report.models_table([row(phase=phase, tier=tier)]))
+    assert (shown["PHASE"], shown["TIER"]) == (phase.value, tier.value.upper())
+
+
+def test_a_failed_model_shows_the_evidence() -> None:
+    """Nothing settles in silence."""
+    failure = Failure(FailureClass.BAD_ARGUMENT, "error: invalid argument: --fast", 1.0)
+    failed = row(phase=Phase.FAILED, reason="bad-argument", last_failure=failure)
+    assert report.reason(failed) == "bad-argument: error: invalid argument: --fast"
+    assert "error: invalid argument: --fast" in report.models_table([failed])
+
+
+def test_an_earlier_failure_is_not_the_reason_of_a_model_that_runs() -> None:
+    failure = Failure(FailureClass.CRASHED, "long ago", 1.0)
+    assert report.reason(row(last_failure=failure)) == "answers 1.2 s after its start"
+
+
+def test_columns_are_aligned_whatever_the_names_are() -> None:
+    rows = [row(name="a" * length, port=port) for length, port in ((3, 80), (63, 8100))]
+    head, *lines = report.models_table(rows).split("\n")
+    end = head.index("PORT") + len("PORT")
+    assert [line[:end].split()[-1] for line in lines] == ["80", "8100"]
+
+
+def test_a_table_has_no_blanks_at_the_end_of_a_line() -> None:
+    text = report.models_table([row(reason=""), row(reason="x" * 20)])
+    assert all(line == line.rstrip() for line in text.split("\n"))
+
+
+def test_markup_in_a_text_stays_text() -> None:
+    assert "[red]x[/red] :smile:" in report.models_table([row(reason="[red]x[/red] :smile:")])
+
+
+HOSTILE = "a\x1b[2Jb\nc\td\re\x07f\x9b31mg\u202eh\u2028i\udcffj"
+
+
+@pytest.mark.parametrize("field", ["name", "device", "reason"])
+def test_no_text_steers_a_terminal(field: str) -> None:
+    """Escapes, line breaks and what cannot be encoded are shown, not sent."""
+    text = report.models_table([row(**{field: HOSTILE})])
+    assert len(text.split("\n")) == 2
+    assert all(line.isprintable() for line in text.split("\n"))
+    assert text.encode()
+
+
+@given(st.text(st.characters(), min_size=1, max_size=6))
+def test_whatever_a_reason_is_each_model_has_one_line(reason: str) -> None:
+    lines = report.models_table([row(reason=reason), row()]).split("\n")
+    assert len(lines) == 3
+    assert all(line.isprintable() for line in lines)
+
+
+def test_other_scripts_are_shown_as_they_are() -> None:
+    assert "模型 ready é" in report.models_table([row(reason="模型 ready é")])
+
+
+# --- terminals -----------------------------------------------------------------------------------
+
+
+def shown_values(one: Row) -> set[str]:
+    return {
+        one.name, one.tier.label, one.phase.value, str(one.port), str(one.context), one.device,
+        "~200 MiB", "-/4", "1.2 s", *one.reason.split(),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("columns", [20, 60, 80, 132, 300])
+@pytest.mark.parametrize("name", ["tiny", "qwen2.5-coder-7b-instruct-q4_k_m", "x" * 63])
+def test_no_terminal_is_so_narrow_that_something_is_cut(columns: int, name: str) -> None:
+    """A port number that lost its end is worse than a line that wraps."""
+    one = row(name=name)
+    with terminal(columns):
+        text = _COLOUR.sub("", report.models_table([one]))
+    words = set(re.split(r"\s{2,}|\n", text)) | set(text.split())
+    assert shown_values(one) <= words
+    assert {"PORT", "REASON"} <= words
+
+
+def test_a_long_reason_folds_into_the_terminals_width() -> None:
+    with terminal(120):
+        text = _COLOUR.sub("", report.models_table([row(reason="word " * 40)]))
+    assert text.count("word") == 40
+    assert max(map(len, text.split("\n"))) <= 120
+
+
+def test_a_phase_has_its_colour_in_a_terminal() -> None:
+    with terminal():
+        assert "\x1b[32mready" in report.models_table([row()])
+
+
+def test_who_wants_no_colour_gets_none() -> None:
+    with terminal(NO_COLOR="1"):
+        text = report.models_table([row()])
+    assert "\x1b[3" not in text
+
+
+def test_there_is_no_colour_without_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("CLICOLOR_FORCE", "1")
+    assert "\x1b" not in report.models_table([row(phase=phase) for phase in Phase])
+
+
+# --- the other tables ----------------------------------------------------------------------------
+
+
+def test_what_up_ends_with_says_where_the_models_answer() -> None:
+    assert cells(report.ready_table([row()])) == {
+        "NAME": "tiny-q4_k_m", "TIER": "FAST", "PHASE": "ready", "PORT": "8100",
+        "URL": "http://127.0.0.1:8100", "REASON": "answers 1.2 s after its start",
+    }  # fmt: skip
+
+
+def test_a_plan_shows_the_waves_and_what_stays_out() -> None:
+    first, second = program(name="one"), program(name="two", tier=Tier.POWERFUL, port=8101)
+    out = program(name="three", reason="does not fit: 9 GiB of 8 GiB", estimate_bytes=12 * GIB)
+    lines = report.plan_table([[first], [second]], [out]).split("\n")
+    assert [line.split()[:3] for line in lines[1:]] == [
+        ["1", "one", "FAST"], ["2", "two", "POWERFUL"], ["-", "three", "FAST"],
+    ]  # fmt: skip
+    assert "does not fit: 9 GiB of 8 GiB" in lines[3]
+    assert "12.0 GiB" in lines[3]
+    assert all(word in lines[1].split() for word in ("text", "CPU", "4096", "header", "8100"))
+
+
+def test_an_empty_plan_is_a_head_alone() -> None:
+    assert report.plan_table([], []).split()[:2] == ["WAVE", "NAME"]
+
+
+def test_devices_are_shown_with_what_is_free() -> None:
+    card = Device("CUDA0", 80 * GIB, 79 * GIB, "NVIDIA H100")
+    lines = report.devices_table([card, gpu("Vulkan1", 8 * GIB, 512 * MIB)]).split("\n")
+    assert re.split(r"\s{2,}", lines[1]) == ["CUDA0", "80.0 GiB", "79.0 GiB", "NVIDIA H100"]
+    assert re.split(r"\s{2,}", lines[2]) == ["Vulkan1", "8192 MiB", "512 MiB"]
+
+
+# --- a line to paste -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("role", "path", "keys"),
+    [(Role.TEXT, "/v1/chat/completions", {"messages", "max_tokens"}),
+     (Role.VISION, "/v1/chat/completions", {"messages", "max_tokens"}),
+     (Role.DRAFT, "/v1/chat/completions", {"messages", "max_tokens"}),
+     (Role.EMBEDDING, "/v1/embeddings", {"input"}),
+     (Role.RERANKER, "/v1/rerank", {"query", "documents"})],
+)  # fmt: skip
+def test_a_curl_line_asks_what_the_model_is_for(role: Role, path: str, keys: set[str]) -> None:
+    words = shlex.split(report.curl_line(row(role=role)))
+    assert words[0] == "curl"
+    assert f"http://127.0.0.1:8100{path}" in words
+    body = json.loads(words[words.index("-d") + 1])
+    assert body["model"] == "tiny"
+    assert set(body) == keys | {"model"}
+
+
+@given(st.text(max_size=40))
+def test_an_alias_cannot_leave_its_quotes(alias: str) -> None:
+    """The line is pasted into a shell."""
+    line = report.curl_line(row(alias=alias))
+    words = shlex.split(line)
+    assert len(words) == 7
+    assert json.loads(words[-1])["model"] == alias
+    assert line.isprintable()
