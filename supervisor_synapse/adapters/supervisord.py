@@ -174,7 +174,7 @@ class Supervisord:
         return tuple(found)
 
     def process_table(self) -> tuple[Process, ...]:
-        """All processes of all groups, by way of our plugin: what is asked every second is cheap."""
+        """All processes of all groups, by way of our plugin: cheap enough for every second."""
         text = str(self.call("synapse.processes"))
         try:
             return tuple(_PROCESSES.validate_json(text))

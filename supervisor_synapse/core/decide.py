@@ -26,7 +26,7 @@ from dataclasses import dataclass, field, replace
 from typing import assert_never
 
 from supervisor_synapse.core import restarts
-from supervisor_synapse.core.failures import Ending, classify
+from supervisor_synapse.core.failures import PERMANENT, Ending, classify
 from supervisor_synapse.core.model import (
     Failure,
     FailureClass,
@@ -46,10 +46,6 @@ _KILL_AGAIN_SECONDS = 5.0
 # A load that takes longer no longer keeps others from loading.
 _LOADING_PLACE_SECONDS = 60.0
 _GOLDEN = 0.6180339887498949
-
-PERMANENT = frozenset(
-    {FailureClass.BAD_ARGUMENT, FailureClass.MODEL_MISSING, FailureClass.MODEL_CORRUPT}
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +79,8 @@ class ModelState:
     phase: Phase = Phase.DISABLED
     reason: str = ""
     incarnation: Incarnation | None = None
-    started_at: float | None = None
+    seen_at: float | None = None  # this incarnation, for the first time
+    started_at: float | None = None  # None: nobody was looking
     ready_seconds: float | None = None
     was_ready: bool = False  # this incarnation, at some time
     ready_at: float | None = None  # ready without a break since then
@@ -200,13 +197,16 @@ def _judge(before: ModelState | None, seen: Seen, now: Now, policy: Policy) -> M
     state = _of_run(before or ModelState(), seen, now)
     match seen.state:
         case ProcessState.STOPPED:
-            return _at_rest(state, seen)
+            was_disabled = before is not None and before.phase is Phase.DISABLED
+            return _at_rest(replace(state, resume=state.resume or was_disabled), seen)
         case ProcessState.STARTING:
             return _in(state, Phase.LOADING, "its process is starting")
         case ProcessState.RUNNING:
             return _running(state, seen, now, policy)
         case ProcessState.STOPPING:
             return _stopping(state, seen)
+        case ProcessState.UNKNOWN if seen.incarnation is not None:
+            return _running(state, seen, now, policy)  # a signal of supervisord's failed: it lives
         case ProcessState.EXITED | ProcessState.FATAL | ProcessState.BACKOFF | ProcessState.UNKNOWN:
             return _ended(state, seen, now, policy)
     assert_never(seen.state)
@@ -217,23 +217,34 @@ def _of_run(state: ModelState, seen: Seen, now: Now) -> ModelState:
     if seen.is_fresh:
         is_new = state.incarnation is None and not state.failed_run
         is_moved = state.failed_run != 0 and state.moved_run == state.failed_run
-        return state if is_new or is_moved else ModelState(resume=state.resume)
+        if is_new or is_moved:
+            return state
+        return ModelState(resume=state.resume, asked_at=state.asked_at)
     if seen.incarnation is None or seen.incarnation == state.incarnation:
         return state
     return replace(
-        state, incarnation=seen.incarnation, started_at=_start_of(state, seen, now),
-        ready_seconds=None, was_ready=False, ready_at=None, condemned=None, killed_at=None,
-        moved_run=0, failed_run=0, phase=Phase.PENDING, is_by_hand=not seen.enabled,
+        state, incarnation=seen.incarnation, seen_at=now.monotonic,
+        started_at=_start_of(state, seen, now), ready_seconds=None, was_ready=False, ready_at=None,
+        condemned=None, killed_at=None, moved_run=0, failed_run=0, phase=Phase.PENDING,
+        is_by_hand=state.is_by_hand if _is_ours(state, now) else not seen.enabled,
         retries=restarts.on_start(state.retries), resume=False,
     )  # fmt: skip
 
 
 def _start_of(state: ModelState, seen: Seen, now: Now) -> float | None:
     """When this incarnation was started; None where nobody was looking."""
-    asked_at = state.asked_at
-    if asked_at is not None and now.monotonic - asked_at <= _SEEN_START_SECONDS:
-        return asked_at
+    if _asked_just_now(state, now):
+        return state.asked_at
     return now.monotonic if seen.age_seconds <= _SEEN_START_SECONDS else None
+
+
+def _is_ours(state: ModelState, now: Now) -> bool:
+    """Whether a new run is the one we asked for; a `disable` may have come in between."""
+    return state.phase is Phase.PENDING and _asked_just_now(state, now)
+
+
+def _asked_just_now(state: ModelState, now: Now) -> bool:
+    return state.asked_at is not None and now.monotonic - state.asked_at <= _SEEN_START_SECONDS
 
 
 def _in(state: ModelState, phase: Phase, reason: str) -> ModelState:
@@ -303,39 +314,49 @@ def _stopping(state: ModelState, seen: Seen) -> ModelState:
 
 def _ended(state: ModelState, seen: Seen, now: Now, policy: Policy) -> ModelState:
     """Each end is judged once; then it is waited, or not, as the failure's class has it."""
-    if not seen.enabled and not state.is_by_hand:
-        return _said(replace(state, is_out=False), Phase.DISABLED, seen.why)
     if seen.run != state.failed_run:
         state = _failed(state, seen, now, policy)
+    if not seen.enabled and not state.is_by_hand:
+        return _said(replace(state, is_out=False), Phase.DISABLED, seen.why)
     failure = state.last_failure
     if failure is None:  # cannot be: the line above noted one
         return state
     if failure.failure_class in PERMANENT and not state.resume:
-        return _permanent(state, failure.failure_class, seen)
+        return _permanent(state, failure, seen, now, policy)
     return _waiting(state, failure, now, policy)
 
 
-def _permanent(state: ModelState, kind: FailureClass, seen: Seen) -> ModelState:
-    if kind is not FailureClass.BAD_ARGUMENT and seen.file_stamp != state.failed_stamp:
-        return _in(state, Phase.PENDING, "its file has changed since it failed")
+def _permanent(
+    state: ModelState, failure: Failure, seen: Seen, now: Now, policy: Policy
+) -> ModelState:
+    """A retry waits for a changed file, and then as after a crash: it may still be written."""
+    kind, retries = failure.failure_class, state.retries
+    is_mended = kind is not FailureClass.BAD_ARGUMENT and seen.file_stamp != state.failed_stamp
+    if is_mended and retries.retry_at is None:
+        retries = restarts.after_failure(retries, now.monotonic, now.chance, policy.restart)
+    if retries.retry_at is not None:
+        return _waiting(replace(state, retries=retries), failure, now, policy)
     reason = f"{kind.value}: a retry cannot help; mend it, then start it"
     return _in(replace(state, is_out=False), Phase.FAILED, reason)
 
 
 def _failed(state: ModelState, seen: Seen, now: Now, policy: Policy) -> ModelState:
-    failure = state.condemned
+    # A run may be over before anybody saw it; then what is known is of the run before.
+    is_known = state.incarnation is not None and state.incarnation.started_at == seen.run
+    failure = state.condemned if is_known else None
     if failure is None:
         kind, evidence = classify(
-            seen.ending or Ending(-1, seen.spawn_error), was_ready=state.was_ready
+            seen.ending or Ending(-1, seen.spawn_error), was_ready=is_known and state.was_ready
         )
         failure = Failure(kind, evidence, now.wall)
-    retries = state.retries
+    retries = restarts.on_start(state.retries)
     if failure.failure_class not in PERMANENT:
         retries = restarts.after_failure(retries, now.monotonic, now.chance, policy.restart)
     return replace(
         state, last_failure=failure, failed_run=seen.run, failed_stamp=seen.file_stamp,
         retries=retries, condemned=None, killed_at=None, ready_at=None, resume=False,
-        is_out=state.is_out and retries.attempt <= 1,
+        incarnation=state.incarnation if is_known else None,
+        is_out=state.is_out and is_known and state.killed_at is not None,  # not if it fails again
     )  # fmt: skip
 
 
@@ -423,7 +444,8 @@ def _may_start(state: ModelState, now: Now) -> bool:
 def _holds_place(state: ModelState, now: Now) -> bool:
     if state.phase is not Phase.LOADING:
         return False
-    return now.monotonic - (state.started_at or now.monotonic) < _LOADING_PLACE_SECONDS
+    seen_at = now.monotonic if state.seen_at is None else state.seen_at
+    return now.monotonic - seen_at < _LOADING_PLACE_SECONDS
 
 
 def _transitions(

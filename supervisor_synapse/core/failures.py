@@ -12,6 +12,14 @@ from dataclasses import dataclass
 
 from supervisor_synapse.core.model import FailureClass
 
+# A retry cannot help.
+PERMANENT = frozenset(
+    {FailureClass.BAD_ARGUMENT, FailureClass.MODEL_MISSING, FailureClass.MODEL_CORRUPT}
+)
+# These keep a server from becoming ready. What looks like one in the log of a server that was ready
+# stems from some request.
+_AT_START_ONLY = PERMANENT | {FailureClass.PORT_IN_USE}
+
 # First match wins: what is most telling comes first. A message of a failed load follows each of
 # these in the log and says less.
 _TEXTS: tuple[tuple[FailureClass, str], ...] = (
@@ -42,6 +50,7 @@ _LONGEST_EVIDENCE = 300
 _START_MARK = "synapse-run: start: pid="
 _PLAIN_END = "synapse-run: ended by itself: server=exit "  # says less than the line before it
 _ABORTED = 128 + 6
+_ASSERTION = "GGML_ASSERT"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,16 +67,23 @@ def classify(ending: Ending, *, was_ready: bool = False) -> tuple[FailureClass, 
     A server that aborts without a word while it loads has found no memory.
     """
     lines = _lines_of_last_run(ending.log_tail)
+    telling = [line for line in lines if not line.startswith(_PLAIN_END)]
+    last = (printable(telling[-1]) if telling else "") or _describe(ending.exit_status)
+    refusal = _STATUSES.get(ending.exit_status)
+    if refusal is not None and not was_ready:
+        return refusal, last  # before a server ran; a file's name in the line proves nothing
     for kind, pattern in _PATTERNS:
+        if was_ready and kind in _AT_START_ONLY:
+            continue
         for line in reversed(lines):
             if pattern.search(line):
                 return kind, printable(line)
-    telling = [line for line in lines if not line.startswith(_PLAIN_END)]
-    last = printable(telling[-1]) if telling else ""
-    kind = _STATUSES.get(ending.exit_status, FailureClass.CRASHED)
     if ending.exit_status == _ABORTED and not was_ready:
-        kind = FailureClass.OUT_OF_MEMORY
-    return kind, last or _describe(ending.exit_status)
+        for line in reversed(lines):
+            if _ASSERTION in line:
+                return FailureClass.CRASHED, printable(line)
+        return FailureClass.OUT_OF_MEMORY, last
+    return FailureClass.CRASHED, last
 
 
 def _lines_of_last_run(log_tail: str) -> list[str]:

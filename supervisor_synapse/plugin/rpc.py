@@ -62,7 +62,7 @@ class SynapseNamespaceRPCInterface:
         """Take the listener's newest snapshot.
 
         @param string snapshot  JSON object with `at` and `models`
-        @return integer         how many commands wait for the listener
+        @return int         how many commands wait for the listener
         """
         if not isinstance(snapshot, str) or len(snapshot) > _LARGEST_SNAPSHOT_CHARACTERS:
             raise RPCError(Faults.INCORRECT_PARAMETERS, "a snapshot is a JSON object in a string")
@@ -79,7 +79,7 @@ class SynapseNamespaceRPCInterface:
     def beat(self) -> int:
         """The listener lives, and its last snapshot still holds.
 
-        @return integer  how many commands wait for the listener
+        @return int  how many commands wait for the listener
         """
         if self._board.snapshot is not None:
             self._board.snapshot["at"] = time.time()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import signal
 import time
 import traceback
+import weakref
 from typing import Any
 
 from supervisor.dispatchers import EventListenerStates
@@ -23,7 +24,8 @@ class Watchdog:
     """Looks at the listener; one in each supervisord."""
 
     def __init__(self, supervisord: Any) -> None:
-        self._supervisord = supervisord
+        # Weakly: what is known of a supervisord must not keep it alive beyond a reload.
+        self._supervisord = weakref.proxy(supervisord)
         self._pid = 0
         self._heard_at = self._ticked_at = time.monotonic()
 

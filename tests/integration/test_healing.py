@@ -10,6 +10,8 @@ SYNAPSE_SOAK_SECONDS and SYNAPSE_ROUNDS lengthen the load test and the killing o
 from __future__ import annotations
 
 import contextlib
+import itertools
+import json
 import os
 import random
 import re
@@ -18,6 +20,7 @@ import selectors
 import signal
 import socket
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +43,7 @@ from tests.integration.harness import (
     deployed,
     frozen_threads,
     holds_for,
+    http,
     lost_requests,
     port_is_free,
     stranger_on,
@@ -62,7 +66,7 @@ stall_seconds = 10
 def _add(deployment: Deployment, *names: str, **options: Any) -> None:
     """A tiny model of each name, each in a repo of its own."""
     for name in names:
-        seed = sum(map(ord, name))
+        seed = zlib.crc32(name.encode())
         file = write_model(deployment.sources / f"{name}.gguf", seed=seed, **options)
         deployment.hub.add(f"acme/{name}", {f"{name}.gguf": file})
 
@@ -99,17 +103,21 @@ def _assert_no_duplicates(deployment: Deployment) -> None:
 # --- the fleet of the real server ----------------------------------------------------------------
 
 FLEET = ("kill", "segv", "abrt", "halt", "steady", "churn", "taken", "posed", "full", "byhand")
+FLEET_SETTINGS = """
+[model:nap]
+sleep_idle_seconds = 2
+[model:spare]
+enabled = false
+"""
 
 
 @pytest.fixture(scope="module")
 def fleet_deployment(llama_server: Engine) -> Iterator[Deployment]:
-    with deployed(
-        f"{PROBES}[model:nap]\nsleep_idle_seconds = 2\n[model:spare]\nenabled = false"
-    ) as d:
-        _add(d, *FLEET, "nap", "spare")
-        _add(d, "load", layers=16, feed_forward=1024, context=8192)
-        d.synapse("up", "--detach")
-        yield d
+    with deployed(PROBES + FLEET_SETTINGS) as deployment:
+        _add(deployment, *FLEET, "nap", "spare")
+        _add(deployment, "load", layers=16, feed_forward=1024, context=8192)
+        deployment.synapse("up", "--detach")
+        yield deployment
 
 
 @pytest.fixture
@@ -184,10 +192,7 @@ def test_a_sleeping_server_sleeps_on_under_monitoring(fleet: Deployment) -> None
 
 
 def _is_sleeping(model: Any) -> bool:
-    from tests.integration.harness import _OPENER
-
-    with _OPENER.open(f"{model['url']}/props", timeout=5) as answer:
-        return b'"is_sleeping":true' in answer.read().replace(b" ", b"")
+    return bool(json.loads(http(f"{model['url']}/props")[1])["is_sleeping"])
 
 
 # --- strangers -----------------------------------------------------------------------------------
@@ -511,15 +516,7 @@ def _generate_until_cut(url: str) -> None:
 
 
 def _is_busy(url: str) -> bool:
-    return any(slot["is_processing"] for slot in _slots(url))
-
-
-def _slots(url: str) -> Any:
-    import json
-
-    from tests.integration.harness import http
-
-    return json.loads(http(f"{url}/slots")[1])
+    return any(slot["is_processing"] for slot in json.loads(http(f"{url}/slots")[1]))
 
 
 @pytest.mark.parametrize("name", WEDGED)
@@ -735,7 +732,7 @@ def test_a_server_that_ends_after_each_start_is_given_up_and_tried_once_more(
     at.wait_for_step("dies", scripted.since, 40, to="failed")
     opened = script.starts("dies")
     assert len(opened) <= 4
-    gaps = [later[0] - earlier[0] - 3 for earlier, later in zip(opened, opened[1:], strict=False)]
+    gaps = [later[0] - earlier[0] - 3 for earlier, later in itertools.pairwise(opened)]
     for nth, gap in enumerate(gaps):
         assert 0.5 * 2**nth <= gap <= 1.5 * 2**nth + 1.5, gaps
     model = at.model("dies")

@@ -560,9 +560,7 @@ def test_other_signals_neither_shorten_a_drain_nor_change_the_status(fake: Start
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 @_linux_only
-def test_a_start_that_is_broken_off_leaves_nothing(
-    start: Start, number: signal.Signals
-) -> None:
+def test_a_start_that_is_broken_off_leaves_nothing(start: Start, number: signal.Signals) -> None:
     """At whatever point of it the signal comes."""
     for step in range(16):
         mark = f"60.{os.getpid()}{step:02}"

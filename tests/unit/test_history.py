@@ -16,7 +16,7 @@ from supervisor_synapse.adapters import history
 from supervisor_synapse.adapters.history import Line
 from tests.unit.test_store import full_disk
 
-READY = Line(17.25, "tiny", "loading", "ready", "answers 1.2 s after its start", "")
+READY = Line(17.25, "tiny", "loading", "ready", "answered 1.2 s after its start")
 
 
 def read(path: Path) -> list[Any]:
@@ -25,23 +25,28 @@ def read(path: Path) -> list[Any]:
 
 def test_a_transition_says_when_what_from_to_why_and_with_what_evidence(tmp_path: Path) -> None:
     path = tmp_path / "history.jsonl"
-    history.append(path, [Line(17.25, "tiny", "loading", "failed", "bad-argument", "error: x")])
+    line = Line(
+        17.25, "tiny", "loading", "failed", "a retry cannot help", pid=7, started=99,
+        failure_class="bad-argument", evidence="error: x",
+    )  # fmt: skip
+    history.append(path, [line])
     assert read(path) == [
         {
-            "when": 17.25, "model": "tiny", "from": "loading", "to": "failed",
-            "reason": "bad-argument", "evidence": "error: x",
+            "when": 17.25, "model": "tiny", "incarnation": {"pid": 7, "started": 99},
+            "from": "loading", "to": "failed", "reason": "a retry cannot help",
+            "class": "bad-argument", "evidence": "error: x",
         }
     ]  # fmt: skip
 
 
 def test_the_first_transition_of_a_model_comes_from_nowhere(tmp_path: Path) -> None:
-    history.append(tmp_path / "h", [Line(1.0, "tiny", None, "pending", "enabled", "")])
+    history.append(tmp_path / "h", [Line(1.0, "tiny", None, "pending", "enabled")])
     assert read(tmp_path / "h")[0]["from"] is None
 
 
 def test_the_newest_line_is_the_last(tmp_path: Path) -> None:
-    history.append(tmp_path / "h", [Line(n, "m", None, "ready", "", "") for n in (1.0, 2.0)])
-    history.append(tmp_path / "h", [Line(3.0, "m", None, "ready", "", "")])
+    history.append(tmp_path / "h", [Line(n, "m", None, "ready", "") for n in (1.0, 2.0)])
+    history.append(tmp_path / "h", [Line(3.0, "m", None, "ready", "")])
     assert [line["when"] for line in read(tmp_path / "h")] == [1.0, 2.0, 3.0]
 
 
@@ -59,7 +64,7 @@ def test_whatever_is_quoted_stays_in_its_line(
     tmp_path_factory: pytest.TempPathFactory, model: str, reason: str, evidence: str
 ) -> None:
     path = tmp_path_factory.mktemp("h") / "h"
-    history.append(path, [Line(1.0, model, None, "failed", reason, evidence), READY])
+    history.append(path, [Line(1.0, model, None, "failed", reason, evidence=evidence), READY])
     first, second = read(path)
     assert (first["model"], first["reason"], first["evidence"]) == (model, reason, evidence)
     assert second["to"] == "ready"
