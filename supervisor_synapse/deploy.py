@@ -22,6 +22,7 @@ from supervisor_synapse import render
 from supervisor_synapse.adapters import (
     demo_model,
     hfcache,
+    intent,
     registry,
     store,
     supervisord,
@@ -116,7 +117,7 @@ def discover(
         ours |= {choice.port for choice in forgotten.values()}
     world = World(
         devices=devices, engine=engine, earlier=earlier.choices() | forgotten,
-        port_is_free=_port_check(settings.host, ours),
+        port_is_free=_port_check(settings.host, ours), intent=intent.load(deployment.intent),
     )  # fmt: skip
     demo = demo or earlier.demo
     models = catalog.models if demo else _without_demo(catalog.models)

@@ -4,9 +4,16 @@ that was there first answers probes just as well.
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
+
 import psutil
 
 from supervisor_synapse.adapters import processes
+from supervisor_synapse.launcher import tcp_rows
+
+_LISTEN = 0x0A  # as /proc/net/tcp has it (net/tcp_states.h)
 
 
 def foreign_listener(port: int, pid: int) -> str:
@@ -16,6 +23,26 @@ def foreign_listener(port: int, pid: int) -> str:
     hidden altogether.
     """
     ours = processes.family(pid)
+    if sys.platform == "linux":
+        listening = {inode for state, inode in tcp_rows(port) if state == _LISTEN}
+        if listening <= set().union(*map(_socket_inodes, ours)):
+            return ""
+    return _foreign(port, ours)
+
+
+def _socket_inodes(pid: int) -> set[int]:
+    found = set()
+    with contextlib.suppress(OSError):  # gone
+        for entry in os.scandir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(OSError, ValueError):
+                kind, _, inode = os.readlink(entry.path).partition(":[")
+                if kind == "socket":
+                    found.add(int(inode.rstrip("]")))
+    return found
+
+
+def _foreign(port: int, ours: frozenset[int]) -> str:
+    """By a look at every process there is, which takes long where there are many."""
     try:
         listeners = [
             connection

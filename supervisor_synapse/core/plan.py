@@ -7,7 +7,7 @@ what it was made from is the same, so that looking twice changes nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from supervisor_synapse.core.arguments import Serving, embedding_batch, server_arguments
 from supervisor_synapse.core.catalog import Model
@@ -44,6 +44,7 @@ class World:
     engine: Engine
     earlier: Mapping[str, Choice]  # by key
     port_is_free: Callable[[int], bool]
+    intent: Mapping[str, bool] = field(default_factory=dict)  # enabled or disabled by command
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +71,7 @@ class _Candidate:
     model: Model
     said: ModelSettings
     rule: TierRule
+    is_commanded: bool  # enabled or disabled by command
 
     @property
     def order(self) -> tuple[int, int, str]:
@@ -104,7 +106,9 @@ def make_plan(models: Sequence[Model], settings: Settings, world: World) -> Plan
     Models that shall run are placed first; what is left over is planned as if alone, so that it
     can be started by hand.
     """
-    candidates = sorted((_candidate(model, settings) for model in models), key=lambda c: c.order)
+    candidates = sorted(
+        (_candidate(model, settings, world.intent) for model in models), key=lambda c: c.order
+    )
     ports, problems = _ports(candidates, settings, world)
     outcome = _place_wanted(candidates, settings, world)
     programs = []
@@ -164,11 +168,15 @@ def _place_wanted(candidates: Sequence[_Candidate], settings: Settings, world: W
     return _Outcome(fits, reasons)
 
 
-def _candidate(model: Model, settings: Settings) -> _Candidate:
+def _candidate(model: Model, settings: Settings, intent: Mapping[str, bool]) -> _Candidate:
+    """A command wins over synapse.conf."""
     said = settings.for_model(model.name, repo_file(model))
+    commanded = intent.get(model.name)
+    if commanded is not None:
+        said = replace(said, enabled=commanded)
     tier = said.tier
     rule = settings.rule(tier) if tier else settings.tier_of(model.header.parameters)
-    return _Candidate(model, said, rule)
+    return _Candidate(model, said, rule, commanded is not None)
 
 
 def _family(model: Model) -> str:
@@ -220,6 +228,8 @@ def _may_run(candidate: _Candidate, enable: Enable) -> bool:
 
 
 def _why_not(candidate: _Candidate, settings: Settings) -> str:
+    if candidate.is_commanded:
+        return "disabled by command"
     if candidate.said.enabled is False:
         return "enabled = false in synapse.conf"
     if candidate.model.role is Role.DRAFT:

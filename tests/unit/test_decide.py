@@ -9,6 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -165,8 +166,9 @@ class World:
         """The next one reads what this one wrote."""
         if not with_state:
             self.states = {}
-            for model in self.models.values():
+            for model in self.models.values():  # what it did not write down, none can know
                 model.is_out = False
+                model.started.clear()
             return
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "state.json"
@@ -219,10 +221,10 @@ class World:
         self.tick()
         return self.run_until(lambda: set(self.phases().values()) == {Phase.READY}, 60.0)
 
-    # --- what is seen, and what must hold ----------------------------------------------------------
+    # --- what is seen, and what must hold ---------------------------------------------------------
 
     def verdict(self, model: Simulated) -> Verdict:
-        if model.state is not ProcessState.RUNNING:
+        if model.state not in (ProcessState.RUNNING, ProcessState.UNKNOWN):
             return Verdict.UNKNOWN
         if model.sick is not None:
             return model.sick
@@ -300,7 +302,7 @@ class World:
             assert not others, f"{others} are out already"
             model.is_out, model.ends_since_out = True, 0
 
-    # --- short forms -------------------------------------------------------------------------------
+    # --- short forms ------------------------------------------------------------------------------
 
     def phase(self, name: str = "a") -> Phase:
         return self.states[name].phase
@@ -323,7 +325,7 @@ class World:
 
 
 def gaps(times: Sequence[float]) -> list[float]:
-    return [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
+    return [later - earlier for earlier, later in pairwise(times)]
 
 
 # --- coming up ------------------------------------------------------------------------------------
@@ -377,8 +379,9 @@ def test_half_of_the_models_bad_at_boot_does_not_hold_back_the_other_half() -> N
     mixed = World("b1", "g1", "b2", "g2", "b3", "g3", policy=Policy(max_parallel=2))
     for name, log in zip(("b1", "b2", "b3"), PERMANENT_LOGS.values(), strict=True):
         mixed[name].log, mixed[name].dies_after = log, 0.0
+    mixed.tick()
     mixed.run_until(
-        lambda: all(mixed.states and mixed.phase(name) is Phase.READY for name in alone.models), 60.0
+        lambda: all(mixed.phase(name) is Phase.READY for name in alone.models), 60.0
     )
     assert mixed.monotonic - alone.monotonic <= 3 * TICK_SECONDS
     assert {mixed.phase(name) for name in ("b1", "b2", "b3")} == {Phase.FAILED}
@@ -873,7 +876,7 @@ def test_no_other_failure_moves_a_port() -> None:
     assert not world.of(MovePort)
 
 
-# --- listeners that come and go, and clocks that jump ----------------------------------------------
+# --- listeners that come and go, and clocks that jump ---------------------------------------------
 
 
 @pytest.mark.parametrize("with_state", [True, False])
@@ -999,6 +1002,11 @@ def _heal(world: World, name: str) -> None:
     model.dies_after, model.spawns, model.loads_seconds, model.refuses = None, True, 0.5, 0
 
 
+def _lose_track(world: World, name: str) -> None:
+    if world[name].is_alive:
+        world[name].state = ProcessState.UNKNOWN
+
+
 def _write_file(world: World, name: str) -> None:
     world[name].file_stamp += 1
 
@@ -1020,6 +1028,7 @@ EVENTS: dict[str, Callable[[World, str], None]] = {
     "port taken": _doom(PORT_TAKEN, 0.0),
     "slow": _change(loads_seconds=20.0),
     "cannot spawn": _change(spawns=False),
+    "supervisord lost track": _lose_track,
     "start lost": _change(refuses=2),
     "healed": _heal,
     "file written": _write_file,
