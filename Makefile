@@ -44,7 +44,7 @@ $(VENV)/.test: $(BIN)/python setup.cfg pyproject.toml
 	@touch $@ $(VENV)/.run
 
 $(VENV)/.real: $(VENV)/.test
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[engine,test,real]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[engine,test,real,bench]'
 	@touch $@
 
 clean:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 from supervisor_synapse import effects
@@ -85,9 +86,11 @@ class Listener:
         self._end: str | None = None
         self._world = _World()
         self._boot = states.boot_id()
-        self._states: Mapping[str, ModelState] = states.load(deployment.state, self._boot)
+        self._states: Mapping[str, ModelState] = _load(
+            deployment.state, partial(states.load, boot=self._boot)
+        )
         self._saved: Mapping[str, ModelState] = self._states
-        self._intent = intent.load(deployment.intent)
+        self._intent = _load(deployment.intent, intent.load)
         self._published: tuple[float, tuple[Row, ...] | None] = (0.0, None)
         self._has_requests = True  # perhaps, from before
         self._looked_at = time.monotonic()
@@ -291,6 +294,15 @@ class Listener:
     async def _to_disk(self, function: Callable[[], _T]) -> _T:
         """On the one thread that writes: a slow disk delays no start."""
         return await asyncio.get_running_loop().run_in_executor(self._disk_thread, function)
+
+
+def _load(path: Path, load: Callable[[Path], _T]) -> _T:
+    """What is remembered in a file; that it was torn, and so set aside, is said."""
+    was_there = path.exists()
+    found = load(path)
+    if was_there and not path.exists():
+        _log.warning("state was torn and is set aside", extra={"path": f"{path}.corrupt"})
+    return found
 
 
 def _now() -> Now:

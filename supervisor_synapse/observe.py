@@ -12,10 +12,11 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
 
@@ -38,6 +39,8 @@ _FIRST_ANSWER_SECONDS = 0.1
 _FOOTPRINT_SECONDS = 0.25
 _MEMORY_SECONDS = 30.0
 _PATIENCE_MARGIN_SECONDS = 10.0  # a patient question outlives the verdict that it leads to
+_SLEEP_FLAG = "--sleep-idle-seconds"
+_DOZE_MARGIN_SECONDS = 1.0
 _MOST_QUICK = 16
 _MOST_PATIENT = 64
 _MOST_ASIDE = 4
@@ -69,6 +72,9 @@ class Watched:
     prober: Prober
     live: Liveness
     since: float
+    doze_seconds: float = 0.0  # idle and not asked for its counters for so long, it sleeps
+    told_at: float = 0.0  # when its counters came
+    logged_bytes: int = -1
     memory_bytes: int | None = None
     measured_at: float = 0.0
     answered: asyncio.Event = field(default_factory=asyncio.Event)  # or failed to, once
@@ -156,7 +162,7 @@ class Observer:
         prober = Prober(Endpoint(url_of(served), key), self._policy.timeout_seconds, patience)
         was_ready = bool(state and state.was_ready and state.incarnation == incarnation)
         live = probes.begin(now, was_ready=was_ready)
-        watched = Watched(incarnation, served, prober, live, now)
+        watched = Watched(incarnation, served, prober, live, now, _doze_seconds(words))
         watched.tending = asyncio.create_task(self._tend(program, process, watched))
         self._watched[program.name] = watched
 
@@ -202,9 +208,22 @@ class Observer:
         if watched.served.sleeps and await self._on(self._quick, Prober.is_asleep, watched.prober):
             watched.live = probes.on_sleep(watched.live, time.monotonic())
             return
+        if watched.served.sleeps and await self._may_doze_off(process, watched):
+            await self._ask_health(watched)
+            return
         if not await self._ask_activity(watched):
             await self._ask_health(watched)
         self._ask_for_a_token(program, watched)
+
+    async def _may_doze_off(self, process: Process, watched: Watched) -> bool:
+        """Whether an idle server is left alone, since each question for its counters keeps it
+        awake: until it is due to sleep, or its log shows that somebody uses it.
+        """
+        before, activity = watched.logged_bytes, watched.live.activity
+        watched.logged_bytes = await self._on(self._aside, _size, process.logfile)
+        is_idle = activity is not None and activity.busy == 0 and watched.asking is None
+        is_due = time.monotonic() - watched.told_at >= watched.doze_seconds
+        return is_idle and watched.logged_bytes == before and not is_due
 
     async def _ask_health(self, watched: Watched) -> None:
         health = await self._on(self._quick, Prober.health, watched.prober)
@@ -238,6 +257,7 @@ class Observer:
         if not told.answered:
             watched.live = replace(probes.on_unanswered(watched.live), activity=None)
             return
+        watched.told_at = now
         watched.live = probes.on_activity(watched.live, told.activity, now)
         if told.activity is not None and now - asked_at <= self._policy.timeout_seconds:
             watched.live = probes.on_health(watched.live, Health.READY, now)
@@ -345,6 +365,16 @@ def _api_key(path: str | None) -> str | None:
             return file.read(_LARGEST_KEY_FILE_BYTES).split("\n", 1)[0].strip() or None
     except OSError:
         return None
+
+
+def _doze_seconds(words: Sequence[str]) -> float:
+    """How long a server may be idle before it surely sleeps; 0 where it never does."""
+    for word, following in pairwise((*words, "")):
+        flag, has_value, value = word.partition("=")
+        if flag == _SLEEP_FLAG:
+            with contextlib.suppress(ValueError):
+                return int(value if has_value else following) + _DOZE_MARGIN_SECONDS
+    return 0.0
 
 
 def _size(path: str) -> int:

@@ -15,11 +15,12 @@ each request for a token one to FOLDER/<alias>.asked. The JSON object may hold:
 `busy`            one slot works
 `batch_seconds`   counters move, and /slots and /metrics answer, only once in so long: a slow batch
 `exit_after`      ends so many seconds after its start (`exit_status`, or minus a signal, having
-                  said `exit_text`), but only in its first `exit_starts` starts, where given
+                  said `exit_text`)
 `exit_in_load`    the same, but before it listens
 `exit_now`        ends at once, where this is its pid
 `ignores_term`    SIGTERM does nothing
 `forks`           a child in its process group, which only SIGKILL ends
+`only_starts`     all this only in its first so many starts; then it behaves
 """
 
 from __future__ import annotations
@@ -69,17 +70,20 @@ class Script:
         self._starts = folder / f"{alias}.starts"
         self._asked = folder / f"{alias}.asked"
         self._last: dict[str, Any] = {}
+        self._stamp = 0
+        self._nth = 1 + len(_lines(self._starts))
         self.began = time.monotonic()
 
     def __getitem__(self, key: str) -> Any:
         with contextlib.suppress(OSError, ValueError):
-            self._last = json.loads(self._path.read_text())
-        return self._last.get(key)
+            stamp = self._path.stat().st_mtime_ns
+            if stamp != self._stamp:  # what is read counts as life while it loads
+                self._last, self._stamp = json.loads(self._path.read_text()), stamp
+        applies = self._nth <= self._last.get("only_starts", self._nth)
+        return self._last.get(key) if applies else None
 
-    def note_start(self, child: int) -> int:
-        """Append this start; how many there were with it."""
+    def note_start(self, child: int) -> None:
         _append(self._starts, f"{time.time()} {os.getpid()} {child}")
-        return len(self._starts.read_text().splitlines())
 
     def note_question(self) -> None:
         _append(self._asked, f"{time.time()} {os.getpid()}")
@@ -87,6 +91,10 @@ class Script:
     @property
     def age(self) -> float:
         return time.monotonic() - self.began
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.exists() else []
 
 
 def _append(path: Path, line: str) -> None:
@@ -100,22 +108,18 @@ class Counters:
     def __init__(self, script: Script) -> None:
         self._script = script
         self._lock = threading.Lock()
-        self._decoded = 0.0
-        self._looked = time.monotonic()
+        self._tokens, self._batches = 0, 0
 
     def one_token(self) -> None:
         with self._lock:
-            self._decoded += 1
+            self._tokens += 1
 
     def decoded(self) -> int:
-        """Ten tokens a second while busy, or all those of a batch at its end."""
+        """While busy it moves at the end of each batch; a quick one takes a tenth of a second."""
         with self._lock:
-            passed, batch = time.monotonic() - self._looked, self._script["batch_seconds"] or 0
-            if passed >= batch:
-                self._looked += passed
-                if self._script["busy"] and not self._script["mode"]:
-                    self._decoded += passed * 10
-            return int(self._decoded)
+            if self._script["busy"] and not self._script["mode"]:
+                self._batches = int(self._script.age / (self._script["batch_seconds"] or 0.1))
+            return self._tokens + self._batches
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -212,19 +216,17 @@ def _end(status: int, text: str) -> None:
     _FOREVER.wait()
 
 
-def _follow(script: Script, starts: int) -> None:
+def _follow(script: Script) -> None:
     """Speak while loading, and end when the script says so."""
     spoken = 0
-    applies = starts <= (script["exit_starts"] or starts)
     while True:
         loading = script.age < (script["load_seconds"] or 0)
         if loading and script["load_log"] == "moves" and script.age > spoken / 2:
             spoken += 1
             print(f"load_tensors: {spoken}", file=sys.stderr, flush=True)
         after = script["exit_after"]
-        if script["exit_now"] == os.getpid() or (
-            applies and after is not None and script.age >= after
-        ):
+        is_over = after is not None and script.age >= after
+        if is_over or script["exit_now"] == os.getpid():
             _end(script["exit_status"] or 0, script["exit_text"] or "")
         time.sleep(_POLL_SECONDS)
 
@@ -265,10 +267,10 @@ def _serve(given: argparse.Namespace) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     else:
         signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-    starts = script.note_start(_fork() if script["forks"] else 0)
-    if script["exit_in_load"] and starts <= (script["exit_starts"] or starts):
+    script.note_start(_fork() if script["forks"] else 0)
+    if script["exit_in_load"]:
         _end(script["exit_status"] or 0, script["exit_text"] or "")
-    threading.Thread(target=_follow, args=(script, starts), daemon=True).start()
+    threading.Thread(target=_follow, args=(script,), daemon=True).start()
     Handler.script, Handler.counters = script, Counters(script)
     Handler.slots, Handler.alias = given.parallel, given.alias
     Server((given.host, given.port), Handler).serve_forever()

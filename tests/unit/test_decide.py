@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
+from hypothesis import Phase as HypPhase
 from hypothesis import strategies as st
 
 from supervisor_synapse.adapters import states
@@ -1046,6 +1047,8 @@ EVENTS: dict[str, Callable[[World, str], None]] = {
     "nobody looks": lambda world, name: world.pass_time(30.0),
 }
 
+PHASES = (HypPhase.reuse, HypPhase.generate)
+
 HISTORIES = st.lists(
     st.tuples(
         st.sampled_from(sorted(EVENTS)),
@@ -1077,7 +1080,7 @@ def is_settled(world: World, name: str) -> bool:
 
 
 @settings(
-    max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
+    max_examples=60, deadline=None, phases=PHASES, suppress_health_check=[HealthCheck.too_slow], print_blob=True
 )
 @given(history=HISTORIES, chance=st.floats(0, 1, exclude_max=True))
 def test_whatever_happens_the_rules_hold_and_all_settles(
