@@ -188,7 +188,7 @@ def _find_or_make_models(
     from supervisor_synapse import deploy
 
     found = deploy.discover(deployment, settings, rpc, demo=demo)
-    if not found.plan.programs:
+    if not found.plan.programs and not found.registry.programs:
         path = deploy.generate_demo(settings)
         _say(
             f"No model was found, so a small one was generated for a first try: {path}\n"

@@ -128,15 +128,21 @@ def discover(
     deployed = _deployed(deployment, earlier)
     none_found = not plan.programs
     plan = _without_refused(plan, blocks, deployed, earlier)
+    out_of_sight = _out_of_sight(plan, found.unread, deployed, earlier, deployment.links)
+    plan = _with_kept(plan, out_of_sight, earlier)
     as_they_are = {name for name in refused if name in deployed}
+    as_they_are |= {program.name for program in out_of_sight}
     changes = compare(
         _digests(blocks),
         {name: block for name, block in deployed.items() if name not in as_they_are},
         forced,
     )
+    if out_of_sight:
+        names = tuple(sorted(program.name for program in out_of_sight))
+        changes = replace(changes, kept=tuple(sorted((*changes.kept, *names))))
     problems = [
-        *_lost_registry(deployment), *found.problems, *catalog.problems, *plan.problems,
-        *refused.values(),
+        *_lost_registry(deployment), *found.problems, *map(_unseen, out_of_sight),
+        *catalog.problems, *plan.problems, *refused.values(),
     ]  # fmt: skip
     if changes.removed and none_found:
         problems.append(_all_gone(changes.removed))
@@ -258,10 +264,12 @@ def _model_path(program: Program, folder: Path, earlier: str | None, links: dict
 def _surroundings(
     deployment: Deployment, settings: Settings, engine: Engine
 ) -> render.Surroundings:
-    return render.Surroundings(
+    around = render.Surroundings(
         launcher=deployments.launcher_command(), engine=engine, stop=settings.stop,
         directory=str(deployment.prefix), log_folder=str(deployment.log),
     )  # fmt: skip
+    render.require_safe(around)
+    return around
 
 
 def _render(
@@ -277,7 +285,11 @@ def _render(
     blocks: dict[str, render.Block] = {}
     refused: dict[str, Problem] = {}
     for program in programs:
-        block = render.render_program(templates, program, around)
+        try:
+            block = render.render_program(templates, program, around)
+        except render.ValueRefused as error:
+            refused[program.name] = Problem(program.name, str(error), "give its file another name")
+            continue
         try:
             if _digest(block.text) not in checked.get(block.name, ()):
                 supervisord.check_block(block, render.BLOCK_KEYS)
@@ -306,6 +318,48 @@ def _without_refused(
             programs.append(before[program.key])
             choices[program.key] = earlier.entries[program.key].choice
     return replace(plan, programs=tuple(programs), choices=choices)
+
+
+def _out_of_sight(
+    plan: Plan,
+    unread: Iterable[str],
+    deployed: Mapping[str, Deployed],
+    earlier: Registry,
+    links: Path,
+) -> tuple[Program, ...]:
+    """Programs whose file lies where nobody could look: an unmounted disk removes nothing."""
+    roots = {Path(root) for root in unread} | {Path(os.path.realpath(root)) for root in unread}
+    return tuple(
+        program
+        for program in earlier.programs
+        if program.key not in plan.choices
+        and program.name in deployed
+        and not roots.isdisjoint(_real_model_path(program, links).parents)
+    )
+
+
+def _unseen(program: Program) -> Problem:
+    return Problem(
+        program.name,
+        "left as it is: the folder of its file could not be looked into",
+        "check that it is mounted, or take it out of synapse.conf",
+    )
+
+
+def _real_model_path(program: Program, links: Path) -> Path:
+    """Where the file is meant to lie, though it may not be there now."""
+    path = Path(program.model_path)
+    if path.is_relative_to(links):
+        with contextlib.suppress(OSError):
+            return Path(os.readlink(path))
+    return path
+
+
+def _with_kept(plan: Plan, kept: tuple[Program, ...], earlier: Registry) -> Plan:
+    """The plan with programs that stay as they were, in their place by priority."""
+    programs = sorted((*plan.programs, *kept), key=lambda program: program.priority)
+    choices = {program.key: earlier.entries[program.key].choice for program in kept}
+    return replace(plan, programs=tuple(programs), choices={**plan.choices, **choices})
 
 
 def _digest(text: str) -> str:
@@ -477,7 +531,7 @@ def _write(deployment: Deployment, discovery: Discovery, report: Report) -> None
         _parse_back(deployment, discovery, written)
     _make_links(deployment, discovery.links)
     before = registry.load(deployment.registry)
-    if before != discovery.registry:
+    if not registry.is_same(before, discovery.registry):
         registry.save(deployment.registry, discovery.registry)
     for block in written:
         store.write_text(deployment.block(block.name), block.text)

@@ -61,6 +61,23 @@ class Block:
     log_file: str
 
 
+class ValueRefused(ConfigError):
+    """One value does not pass the allow-list; it costs only the program that it belongs to."""
+
+
+def require_safe(around: Surroundings) -> None:
+    """Refuse surroundings with which no block could be written.
+
+    Raises:
+        ConfigError: names the path.
+    """
+    for path in (around.launcher[0], around.engine.path, around.directory, around.log_folder):
+        try:
+            _plain(path)
+        except ValueRefused as refused:
+            raise ConfigError(str(refused)) from None
+
+
 def is_safe_path(path: str) -> bool:
     """Whether `path` may stand in a block as it is."""
     return (
@@ -147,7 +164,7 @@ def render_program(templates: Templates, program: Program, around: Surroundings)
         ConfigError: a value does not pass the allow-list, or the template is broken.
     """
     if not PROGRAM_NAME.fullmatch(program.name) or program.name in RESERVED_NAMES:
-        raise ConfigError(f"{program.name[:200]!a} is not a name that a model's program may have")
+        raise ValueRefused(f"{program.name[:200]!a} is not a name that a model's program may have")
     command = _command(program, around)
     environment = _environment(around.engine)
     log_file = _plain(f"{around.log_folder}/{program.name}.log")
@@ -196,7 +213,7 @@ def _summary(program: Program) -> str:
 def _plain(path: str) -> str:
     """A path that may stand as a value of its own."""
     if not is_safe_path(path):
-        raise ConfigError(
+        raise ValueRefused(
             f"{path[:200]!a} cannot stand in a program block: only ASCII letters, digits, blanks "
             "and _@+=:,./- may; reach it through a link with such a name"
         )
@@ -206,6 +223,6 @@ def _plain(path: str) -> str:
 def _quoted(word: str) -> str:
     """A word of a command, as supervisord's shlex and expansion will give it back."""
     if not _ARGUMENT.fullmatch(word) or len(word) > _LONGEST_ARGUMENT:
-        raise ConfigError(f"{word[:200]!a} cannot stand in a command: it has a character that "
+        raise ValueRefused(f"{word[:200]!a} cannot stand in a command: it has a character that "
                           "supervisord's configuration would not pass on")  # fmt: skip
     return shlex.quote(word).replace("%", "%%")

@@ -36,6 +36,7 @@ class Scan:
 
     files: tuple[FoundFile, ...]
     problems: tuple[Problem, ...]
+    unread: tuple[str, ...] = ()  # folders that could not be looked into: what is there is unknown
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,8 @@ def scan(
     Headers come from `headers`, which is saved.
     """
     look = _Look(limits)
+    if not cache_dirs and not os.path.lexists(default_cache_dir()):
+        look.unread.append(default_cache_dir())  # as on a new machine: nothing to complain about
     for folder in cache_dirs or _default_cache_dirs():
         _look_through_cache(folder, look)
     for folder in model_dirs:
@@ -72,7 +75,7 @@ def scan(
     unsaved = headers.save()
     if unsaved is not None:
         look.problems.append(unsaved)
-    return Scan(tuple(files), tuple(look.problems))
+    return Scan(tuple(files), tuple(look.problems), tuple(look.unread))
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +100,7 @@ class _Look:
         self.limits = limits
         self.places: list[_Place] = []
         self.problems: list[Problem] = []
+        self.unread: list[str] = []
 
     def report(self, subject: str, reason: str, remedy: str) -> None:
         self.problems.append(Problem(printable(subject), reason, remedy))
@@ -153,6 +157,7 @@ def _look_through_cache(cache: str, look: _Look) -> None:
     except (OSError, ValueError) as error:
         remedy = "mend cache_dirs in synapse.conf" if _is_missing(error) else _READ
         look.report(cache, f"cannot look through this cache: {_why(error)}", remedy)
+        look.unread.append(cache)
         return
     hub = _hub_scan(root) if names else _HubScan({}, ())
     for name in names:
@@ -232,6 +237,7 @@ def _subfolders(folder: str, look: _Look) -> list[str]:
         return []
     except OSError as error:
         look.report(folder, f"cannot look through this folder: {_why(error)}", _READ)
+        look.unread.append(folder)
         return []
 
 
@@ -373,6 +379,7 @@ def _look_through_folder(folder: str, look: _Look) -> None:
             f"cannot look through this folder: {_why(error)}",
             "mend model_dirs in synapse.conf" if _is_missing(error) else _READ,
         )
+        look.unread.append(folder)
         return
     if not is_folder:
         look.report(folder, "is not a folder", "mend model_dirs in synapse.conf")
@@ -427,6 +434,7 @@ def _listing(folder: str, look: _Look) -> list[os.DirEntry[str]]:
             visible = [entry for entry in entries if not entry.name.startswith(".")]
     except OSError as error:
         look.report(folder, f"cannot look through this folder: {_why(error)}", _READ)
+        look.unread.append(folder)
         return []
     return sorted(visible, key=lambda entry: entry.name)
 

@@ -99,6 +99,16 @@ def load(path: Path) -> Registry:
     return registry
 
 
+def is_same(one: Registry, other: Registry) -> bool:
+    """Whether nothing differs but the reasons, which name the memory that was free just then."""
+    return _without_reasons(one) == _without_reasons(other)
+
+
+def _without_reasons(registry: Registry) -> Registry:
+    programs = tuple(replace(program, reason="") for program in registry.programs)
+    return replace(registry, programs=programs)
+
+
 def save(path: Path, registry: Registry) -> None:
     """Write the registry, whole or not at all.
 

@@ -382,7 +382,7 @@ def test_where_the_state_cannot_be_written_the_fleet_goes_on(fleet: Deployment) 
     state.mkdir()
     (state / "in-the-way").touch()
     try:
-        with _undisturbed(fleet, "full"):
+        with _undisturbed(fleet, "full", "byhand"):
             _kill_and_wait_ready(fleet, "full")
             wait_until(lambda: _warns_of_state(log, said), 10, "the log says so")
             _replace_listener(fleet)
@@ -398,6 +398,7 @@ def test_where_the_state_cannot_be_written_the_fleet_goes_on(fleet: Deployment) 
 def test_on_a_full_disk_the_fleet_goes_on(fleet: Deployment) -> None:
     """Every write of the listener to a file fails, as on a full disk."""
     log = fleet.log / "synapse.log"
+    _replace_listener(fleet)  # one that has not complained in the last minute
     said = log.stat().st_size
     listener = wait_until(fleet.listener, 15, "a listener")
     before = fleet.model("full")

@@ -381,9 +381,7 @@ def test_half_of_the_models_bad_at_boot_does_not_hold_back_the_other_half() -> N
     for name, log in zip(("b1", "b2", "b3"), PERMANENT_LOGS.values(), strict=True):
         mixed[name].log, mixed[name].dies_after = log, 0.0
     mixed.tick()
-    mixed.run_until(
-        lambda: all(mixed.phase(name) is Phase.READY for name in alone.models), 60.0
-    )
+    mixed.run_until(lambda: all(mixed.phase(name) is Phase.READY for name in alone.models), 60.0)
     assert mixed.monotonic - alone.monotonic <= 3 * TICK_SECONDS
     assert {mixed.phase(name) for name in ("b1", "b2", "b3")} == {Phase.FAILED}
 
@@ -1047,6 +1045,7 @@ EVENTS: dict[str, Callable[[World, str], None]] = {
     "nobody looks": lambda world, name: world.pass_time(30.0),
 }
 
+# Without shrinking, which takes minutes: add HypPhase.shrink to look into a failure.
 PHASES = (HypPhase.reuse, HypPhase.generate)
 
 HISTORIES = st.lists(
@@ -1063,8 +1062,10 @@ def end_faults(world: World) -> None:
     """From here on each new run is good, unless its file is broken; what hangs goes on hanging."""
     for name in NAMES:
         model = world[name]
-        if model.log != CORRUPT or model.dies_after is None:
-            _heal(world, name)
+        is_broken = model.log == CORRUPT and model.dies_after is not None
+        _heal(world, name)
+        if is_broken:
+            model.dies_after = 0.0
         if model.sick in (Verdict.MISSED, Verdict.UNKNOWN, Verdict.LOADING):
             model.sick = None
 
@@ -1080,7 +1081,11 @@ def is_settled(world: World, name: str) -> bool:
 
 
 @settings(
-    max_examples=60, deadline=None, phases=PHASES, suppress_health_check=[HealthCheck.too_slow], print_blob=True
+    max_examples=60,
+    deadline=None,
+    phases=PHASES,
+    suppress_health_check=[HealthCheck.too_slow],
+    print_blob=True,
 )
 @given(history=HISTORIES, chance=st.floats(0, 1, exclude_max=True))
 def test_whatever_happens_the_rules_hold_and_all_settles(
@@ -1093,9 +1098,7 @@ def test_whatever_happens_the_rules_hold_and_all_settles(
         world.tick(seconds)
     end_faults(world)
     world.tick()
-    world.run_until(
-        lambda: all(is_settled(world, name) for name in NAMES), SETTLES_WITHIN_SECONDS
-    )
+    world.run_until(lambda: all(is_settled(world, name) for name in NAMES), SETTLES_WITHIN_SECONDS)
     quiet = len(world.transitions)
     world.run(30.0, step=1.0)
     assert len(world.transitions) == quiet, "it was no rest"

@@ -28,8 +28,15 @@ from supervisor_synapse.core.plan import (
     make_plan,
     repo_file,
 )
-from supervisor_synapse.core.settings import DEFAULT_TIERS, Enable, Reserve, Settings
-from supervisor_synapse.errors import ConfigError
+from supervisor_synapse.core.settings import (
+    DEFAULT_TIERS,
+    Enable,
+    ModelRule,
+    ModelSettings,
+    Reserve,
+    Settings,
+)
+from supervisor_synapse.errors import ConfigError, TransientError
 from tests.gguf_factory import write_model
 from tests.unit.builders import (
     FLAGS,
@@ -761,11 +768,11 @@ def conf_d(deployment: Deployment) -> dict[str, str]:
 
 
 def test_discovering_twice_changes_nothing(deployment: Deployment) -> None:
-    """Not even when a file was written; in the registry, only how much memory was free."""
+    """Not even when a file was written."""
 
     def files() -> dict[Path, int]:
         found = (path for path in deployment.prefix.rglob("*") if path.is_file())
-        return {path: path.stat().st_mtime_ns for path in found if path != deployment.registry}
+        return {path: path.stat().st_mtime_ns for path in found}
 
     put(deployment, "a", "b")
     first, _ = look_and_apply(deployment)
@@ -874,6 +881,76 @@ def test_a_cache_that_is_suddenly_empty_removes_nothing_and_says_so(
     models.with_name("unmounted").rename(models)
     found, _ = look_and_apply(deployment)
     assert found.changes == Changes(unchanged=("a", "b"))
+
+
+def test_a_folder_that_cannot_be_seen_costs_its_models_nothing_while_others_are_found(
+    deployment: Deployment,
+) -> None:
+    """A disk that is not mounted: what lies on it goes on as it was, and that is said."""
+    put(deployment, "a", "b")
+    disk = deployment.prefix.parent / "disk"
+    write_model(disk / "c.gguf")
+    both = settings_of(
+        deployment, model_dirs=(str(deployment.prefix.parent / "models"), str(disk))
+    )
+    look_and_apply(deployment, both)
+    before = conf_d(deployment)
+    disk.rename(disk.with_name("unmounted"))
+    (deployment.prefix.parent / "models" / "b.gguf").unlink()
+    found, _ = look_and_apply(deployment, both)
+    assert found.changes.removed == ("b",)
+    assert found.changes.kept == ("c",)
+    assert any(p.subject == "c" and "mounted" in p.remedy for p in found.problems)
+    assert conf_d(deployment) == {name: text for name, text in before.items() if name != "b.conf"}
+    assert [program.name for program in found.registry.programs] == ["a", "c"]
+    disk.with_name("unmounted").rename(disk)
+    found, _ = look_and_apply(deployment, both)
+    assert not found.changes
+
+
+def test_a_command_wins_over_what_discovery_would_choose(deployment: Deployment) -> None:
+    put(deployment, "a", "b")
+    look_and_apply(deployment)
+    deployment.intent.write_text('{"a": false}')
+    found, _ = look_and_apply(deployment)
+    programs = {program.name: program for program in found.plan.programs}
+    assert not programs["a"].enabled
+    assert programs["a"].reason == "disabled by command"
+    assert programs["b"].enabled
+    assert not found.changes
+    assert found.switched_off == ("a",)
+
+
+def test_another_port_is_given_and_nothing_else_is_touched(deployment: Deployment) -> None:
+    put(deployment, "a", "b")
+    found, _ = look_and_apply(deployment)
+    ports = {program.name: program.port for program in found.plan.programs}
+    before = conf_d(deployment)
+    with pytest.raises(TransientError, match="cannot reach supervisord"):
+        deploy.move_port(deployment, "a")  # the files are in place; none is there to be told
+    after, _ = look_and_apply(deployment)
+    moved = {program.name: program.port for program in after.plan.programs}
+    assert moved["b"] == ports["b"]
+    assert moved["a"] not in ports.values()
+    assert not after.changes
+    assert conf_d(deployment)["b.conf"] == before["b.conf"]
+    assert f"--port {moved['a']} " in conf_d(deployment)["a.conf"]
+
+
+@pytest.mark.parametrize("whose", ["settings", "a hand edit"])
+def test_a_port_that_the_user_chose_is_not_moved(deployment: Deployment, whose: str) -> None:
+    put(deployment, "a")
+    settings = settings_of(deployment)
+    if whose == "settings":
+        rule = ModelRule("a", ModelSettings(port=18321), frozenset({"port"}))
+        settings = replace(settings, models=(rule,))
+    look_and_apply(deployment, settings)
+    if whose == "a hand edit":
+        edit(deployment, "a")
+    before = conf_d(deployment)
+    with pytest.raises(ConfigError, match="port"):
+        deploy.move_port(deployment, "a")
+    assert conf_d(deployment) == before
 
 
 def test_switching_a_model_on_and_off_leaves_its_block_as_it_is(deployment: Deployment) -> None:
