@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command."""
     os.umask(0o077)  # what we write is the user's alone
+    _have_outputs()
     parsed = _parser().parse_args(arguments)
     try:
         return int(parsed.run(deployments.choose(parsed.prefix), parsed))
@@ -51,6 +52,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+
+
+def _have_outputs() -> None:
+    """Started with stdout or stderr closed, what is said goes nowhere, not to the other one."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - till the end
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -14,7 +14,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -141,7 +141,8 @@ def discover(
         names = tuple(sorted(program.name for program in out_of_sight))
         changes = replace(changes, kept=tuple(sorted((*changes.kept, *names))))
     problems = [
-        *_lost_registry(deployment), *found.problems, *map(_unseen, out_of_sight),
+        *_lost_registry(deployment), *_missing_cache(settings, models), *found.problems,
+        *map(_unseen, out_of_sight),
         *catalog.problems, *plan.problems, *refused.values(),
     ]  # fmt: skip
     if changes.removed and none_found:
@@ -412,6 +413,22 @@ def _require_readable(deployment: Deployment) -> None:
         raise ConfigError(f"{path}: is not a regular file; move it away")
     if path.exists() and not os.access(path, os.R_OK):
         raise ConfigError(f"cannot read {path}: chmod u+rw {path}")
+
+
+def _missing_cache(settings: Settings, models: Sequence[Model]) -> list[Problem]:
+    """Where nothing was found: that the default cache, which need not exist, does not."""
+    if settings.cache_dirs or models:
+        return []
+    folder = hfcache.default_cache_dir()
+    if os.path.isdir(folder):
+        return []
+    return [
+        Problem(
+            printable(folder), "this cache does not exist, and no other place holds a model",
+            "download a model with `hf download`, or name the folders that hold models as "
+            "cache_dirs or model_dirs in synapse.conf",
+        )
+    ]  # fmt: skip
 
 
 def _lost_registry(deployment: Deployment) -> list[Problem]:

@@ -178,16 +178,31 @@ def stop(
 
 
 def _supervisor_process(deployment: Deployment) -> psutil.Process | None:
-    """The deployment's supervisord: by its own word, else by its pid file and command line."""
+    """The deployment's supervisord: by its own word, else by its pid file, else by looking.
+
+    One that could not open its socket yet answers nothing and has written no pid file.
+    """
     rpc = Supervisord(deployment.socket, _QUICK_TIMEOUT_SECONDS)
     with contextlib.suppress(TransientError, ShuttingDown, psutil.Error):
         return psutil.Process(rpc.pid())
-    try:
+    with contextlib.suppress(OSError, ValueError, OverflowError, psutil.Error):
         process = psutil.Process(int(deployment.pidfile.read_text()))
-        ours = str(deployment.main_config) in process.cmdline()
-    except (OSError, ValueError, psutil.Error):
-        return None
-    return process if ours else None
+        if _runs_supervisord(process, deployment):
+            return process
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.uids().real == os.getuid() and _runs_supervisord(process, deployment):
+                return process
+    return None
+
+
+def _runs_supervisord(process: psutil.Process, deployment: Deployment) -> bool:
+    """Whether it is supervisord on our main file; an editor that has it open is not."""
+    words = process.cmdline()
+    return str(deployment.main_config) in words and any(
+        word == "supervisor.supervisord" or os.path.basename(word) == "supervisord"
+        for word in words[:3]
+    )
 
 
 def _family(supervisor: psutil.Process) -> list[psutil.Process]:

@@ -15,7 +15,6 @@ import re
 import shutil
 import struct
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ import pytest
 from supervisor_synapse import render
 from tests.conftest import Engine
 from tests.gguf_factory import write_model
-from tests.integration.harness import Deployment, Done, chat, deployed
+from tests.integration.harness import BIN, Deployment, Done, chat, deployed
 
 pytestmark = pytest.mark.usefixtures("llama_server")
 
@@ -64,40 +63,31 @@ def _assert_plain(text: str) -> None:
 # --- names, headers, links -----------------------------------------------------------------------
 
 HOSTILE_NAMES = [
-    b"new\nline.gguf",
-    b"carriage\rreturn.gguf",
     b"x\n[program:evil]\ncommand=touch pwned\n.gguf",
     b"x\r[rpcinterface:evil]\rsupervisor.rpcinterface_factory=os:system.gguf",
-    b"close]bracket.gguf",
-    b"%(here)s.gguf",
-    b"%(ENV_HOME)s %%(x)s.gguf",
-    b"semi ;colon.gguf",
-    b"hash #sign.gguf",
-    b"quo\"te'.gguf",
-    b"back\\slash.gguf",
+    b"close]%(here)s %(ENV_HOME)s %%(x)s.gguf",
+    b"semi ;colon #hash.gguf",
+    b"quo\"te'\\.gguf",
     b"a..gguf",
     b"all.gguf",
     b"discover.gguf",
-    b"synapse.gguf",
-    b"gateway.gguf",
     b"--host.gguf",
-    b"-m.gguf",
-    b"$(touch pwned).gguf",
-    b"`touch pwned`;touch pwned.gguf",
+    b"$(touch pwned)`touch pwned`;touch pwned.gguf",
     b"\x1b[31mred\x07.gguf",
     b"non\xffutf8.gguf",
-    "line\u2028separator.gguf".encode(),
-    "\u202egnp.gguf".encode(),
+    "line\u2028\u202egnp.gguf".encode(),
     "\u0430ll.gguf".encode(),  # a cyrillic letter
     b"l" * 250 + b".gguf",
-    b"{{ 7*7 }}{% raw %}.gguf",
-    b"<script>alert(1)<" + b"&.gguf",
-    b"*?[a-z].gguf",
+    b"{{ 7*7 }}{% raw %}<script>&*?[a-z].gguf",
 ]
 HOSTILE_REPOS = [
-    "all", "acme/..", "../../x", "ev]il/x\ny", "%(here)s/x", "a/ ;b", "q'\"/z", "-flag/--host",
-    "a\r[program:evil]/x",
-]  # fmt: skip
+    "all",
+    "../../..",
+    "ev]il/x\ny",
+    "%(here)s/ ;b",
+    "-q'\"/--host",
+    "a\r[program:e]/x",
+]
 
 
 def _header(version: int = 3, tensors: int = 0, keys: int = 1) -> bytes:
@@ -356,7 +346,7 @@ def test_every_surface_shows_hostile_names_escaped(besieged: Besieged) -> None:
 def test_links_to_hostile_paths_have_safe_names(besieged: Besieged) -> None:
     """var/models holds links and nothing else, and every path in a block passes the allow-list."""
     links = list((besieged.at.prefix / "var" / "models").iterdir())
-    assert len(links) > len(HOSTILE_REPOS)
+    assert len(links) > 10
     for link in links:
         assert link.is_symlink()
         assert re.fullmatch(r"[a-z0-9._-]+\.gguf", link.name)
@@ -467,7 +457,7 @@ def _refused(done: Done, *words: str) -> list[str]:
     return done.err.strip().splitlines()
 
 
-@pytest.mark.parametrize("command", [("plan",), ("discover", "--json"), ("up", "--detach")])
+@pytest.mark.parametrize("command", [("discover", "--json"), ("up", "--detach")])
 def test_five_errors_in_the_settings_are_five_lines(
     steady: Steady, command: tuple[str, ...]
 ) -> None:
@@ -497,8 +487,8 @@ def test_a_broken_synapse_conf_keeps_nobody_from_stopping(llama_server: Engine) 
     "content",
     [
         b"\x00\x01", b"[synapse\n", b"[synapse]\nhost = \xff\n", b"x" * 2_000_000,
-        b"[DEFAULT]\nargs = --x\n", b"[include]\nfiles = /etc/*.conf\n",
-        b"[program:evil]\ncommand = /bin/true\n", b"[synapse]\nmax_parallel = " + b"9" * 5000,
+        b"[DEFAULT]\nargs = --x\n[include]\nfiles = /etc/*.conf\n[program:evil]\n",
+        b"[synapse]\nmax_parallel = " + b"9" * 5000,
         b"[synapse]\nengine = /bin/true\n  [program:evil]\n  command = /bin/true\n",
         b"[synapse]\nhost = 127.0.0.1\r0.0.0.0\n[model:*]\nalias = a\n  b\ndevice = x ;\n y\n",
     ],
@@ -571,18 +561,12 @@ def _shipped() -> str:
 
 
 TEMPLATES: dict[str, Callable[[str], str]] = {
-    "syntax": lambda _: "{% if %}",
     "undefined": lambda text: text + "{{ nonsense }}",
     "extra-program": lambda text: text + "\n[program:evil]\ncommand=/bin/true\n",
-    "extra-interface": lambda text: (
-        text + "\n[rpcinterface:evil]\nsupervisor.rpcinterface_factory=os:system\n"
-    ),
     "defaults": lambda text: "[DEFAULT]\nuser=nobody\n" + text,
     "carriage-return": lambda text: text + "\r[program:evil]\rcommand=/bin/true\r",
     "extra-key": lambda text: text + "user=nobody\n",
-    "other-name": lambda text: text.replace("[program:{{ name }}]", "[program:evil]"),
     "other-command": lambda text: text.replace("command={{ command }}", "command=/bin/true"),
-    "autostart": lambda text: text.replace("autostart=false", "autostart=true"),
     "expansion": lambda text: text.replace("priority={{ priority }}", "priority=%(here)s"),
     "dump": lambda _: "{{ ''.__class__.__mro__[1].__subclasses__() }}",
 }
@@ -620,7 +604,7 @@ def test_up_with_a_template_that_injects_ends_and_injects_nothing(llama_server: 
 
 NOT_STATE = {
     "empty": b"", "torn": b'{"entries":{"hf:acme/good',
-    "deep": b'{"a":' * 100_000, "binary": b"\xff\xfe\x00",
+    "deep": b'{"a":' * 100_000,
     "other-version": b'{"version":99}', "wrong-types": b'{"entries":7,"programs":{},"version":1}',
     "hostile": b'{"entries":{},"programs":[{"name":"../../evil"}],"version":1}',
 }  # fmt: skip
@@ -679,7 +663,7 @@ def test_what_others_may_write_is_refused_by_path_all_at_once(steady: Steady) ->
     steady.at.synapse("plan")
 
 
-@pytest.mark.parametrize("command", [("init",), ("plan",), ("up", "--detach")])
+@pytest.mark.parametrize("command", [("init",), ("up", "--detach")])
 def test_no_command_goes_on_in_a_world_writable_conf_d(
     steady: Steady, command: tuple[str, ...]
 ) -> None:
@@ -702,7 +686,7 @@ def test_a_block_that_is_a_link_to_what_others_may_write_is_refused(steady: Stea
         link.unlink()
 
 
-@pytest.mark.parametrize("text", ["[program:broken\n", "[program:x]\n", "\udcff"], ids=ascii)
+@pytest.mark.parametrize("text", ["[program:x]\n", "\udcff"], ids=ascii)
 def test_a_broken_block_of_the_users_is_named_and_changes_nothing(
     steady: Steady, text: str
 ) -> None:
@@ -733,7 +717,7 @@ def test_what_an_apply_left_undone_is_made_up_for(changing: Steady) -> None:
 # --- no room, no right ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("blocks", [0, 2, 4])
+@pytest.mark.parametrize("blocks", [0, 4])
 def test_where_no_file_may_grow_discovery_says_so_and_what_runs_goes_on(
     steady: Steady, blocks: int
 ) -> None:
@@ -949,17 +933,7 @@ def test_a_prefix_that_is_a_file_or_lies_in_one_is_refused() -> None:
         assert (deployment.root / "file").read_text() == "mine"
 
 
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (lambda text: text + "\n[program:x]\n", "program:x"),
-        (lambda text: text.replace("[include]\nfiles=conf.d/*.conf", ""), "[include]"),
-    ],
-    ids=["no-command", "no-include"],
-)
-def test_up_with_a_broken_main_file_ends_and_says_why(
-    llama_server: Engine, change: Callable[[str], str], said: str
-) -> None:
+def test_up_with_a_broken_main_file_ends_and_says_why(llama_server: Engine) -> None:
     """The line that supervisord calls its error; and nobody waits for what cannot come."""
     with deployed() as deployment:
         file = write_model(deployment.sources / "good.gguf")
@@ -967,10 +941,51 @@ def test_up_with_a_broken_main_file_ends_and_says_why(
         deployment.synapse("init")
         deployment.synapse("discover")
         main_file = deployment.etc / "supervisord.conf"
-        main_file.write_text(change(main_file.read_text()))
-        begun = time.monotonic()
-        done = deployment.synapse("up", "--detach", expect=None)
-        assert done.status in (1, 2), done
-        assert said in done.err
-        assert time.monotonic() - begun < 20
+        whole = main_file.read_text()
+        main_file.write_text(whole + "\n[program:x]\n")
+        _refused(deployment.synapse("up", "--detach", expect=2), "program:x")
+        main_file.write_text(whole.replace("[include]\nfiles=conf.d/*.conf", ""))
+        done = deployment.synapse("up", "--detach", expect=1)
+        assert "[include]" in done.err
+        assert str(main_file) in done.err
         _assert_plain(done.err)
+
+
+def test_down_finds_a_supervisord_that_never_got_its_socket(llama_server: Engine) -> None:
+    """It answers nothing and wrote no pid file; an editor that has the main file open is let be."""
+    with deployed() as deployment:
+        deployment.synapse("init")
+        main_file = str(deployment.etc / "supervisord.conf")
+        (deployment.prefix / "var" / "run" / "supervisor.sock").mkdir()
+        stuck = _start(deployment, str(BIN / "supervisord"), "-n", "-c", main_file)
+        editor = _start(deployment, "/bin/sh", "-c", "read line", "sh", main_file)
+        try:
+            assert "nothing is running" not in deployment.down().err
+            assert stuck.wait(10) is not None
+            assert editor.poll() is None
+        finally:
+            for process in (stuck, editor):
+                process.kill()
+                process.communicate()
+
+
+def _start(deployment: Deployment, *command: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        command, env=deployment.environment(), cwd=deployment.root, stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+def test_closed_outputs_are_no_error_and_results_stay_apart(steady: Steady) -> None:
+    command = " ".join(steady.at.command("discover", "--dry-run", "--json"))
+    assert steady.at.shell(f"{command} 2>&-").json()["dry_run"] is True
+    assert steady.at.shell(f"{command} >&-").text == ""
+
+
+def test_a_default_cache_that_does_not_exist_is_named() -> None:
+    with deployed() as deployment:
+        deployment.synapse("init")
+        shutil.rmtree(deployment.hub.root)
+        done = deployment.synapse("discover")
+        assert str(deployment.hub.root) in done.err
+        assert "cache_dirs" in done.err
