@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,8 @@ from supervisor_synapse.adapters import deployment as deployments
 from supervisor_synapse.adapters.deployment import Deployment
 from supervisor_synapse.errors import ConfigError, SynapseError
 from supervisor_synapse.version import VERSION
+
+_REFUSED_LISTENER_SECONDS = 4.0
 
 if TYPE_CHECKING:
     from supervisor_synapse.adapters.supervisord import Supervisord
@@ -253,13 +256,19 @@ def _stop_everything(deployment: Deployment, settings: Settings, interrupts: Int
 
 def _listen(deployment: Deployment, _: argparse.Namespace) -> int:
     from supervisor_synapse import control
+    from supervisor_synapse.adapters import processes
 
     def move_port(name: str) -> None:
         from supervisor_synapse import deploy  # seldom needed, and not small
 
         deploy.move_port(deployment, name)
 
-    deployments.require_laid_down(deployment)
+    try:
+        deployments.require_laid_down(deployment)
+    except ConfigError:
+        processes.die_with_parent()
+        time.sleep(_REFUSED_LISTENER_SECONDS)  # else supervisord would try again at once
+        raise
     control.listen(deployment, move_port)
     return 0
 

@@ -158,8 +158,13 @@ class Listener:
         except OSError:
             return  # none yet, or not now: what was read last is good
         stamp = (status.st_mtime_ns, status.st_ino)
-        if stamp != self._world.stamp:
-            self._world = _World(registry.load(self._deployment.registry), stamp)
+        if stamp == self._world.stamp:
+            return
+        found = registry.load(self._deployment.registry)
+        if self._deployment.registry.exists():
+            self._world = _World(found, stamp)
+        else:
+            _log.warning("registry set aside", extra={"reason": "torn; the last one read holds"})
 
     def _forgive_blindness(self) -> None:
         """A listener that was frozen must not hold its own absence against the servers."""

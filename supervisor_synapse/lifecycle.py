@@ -20,7 +20,7 @@ from types import FrameType
 import psutil
 
 from supervisor_synapse.adapters.deployment import Deployment
-from supervisor_synapse.adapters.supervisord import Supervisord
+from supervisor_synapse.adapters.supervisord import Absent, Supervisord
 from supervisor_synapse.core.model import Phase, ProcessState, Row, Snapshot
 from supervisor_synapse.errors import ApplyError, ConfigError, ShuttingDown, TransientError
 
@@ -56,9 +56,17 @@ class Interrupts:
 
 
 def connect(deployment: Deployment) -> Supervisord | None:
-    """The deployment's supervisord, if it is up."""
+    """The deployment's supervisord, if there is one.
+
+    Raises:
+        TransientError: there is one, and it does not answer.
+    """
     rpc = Supervisord(deployment.socket, _QUICK_TIMEOUT_SECONDS)
-    return rpc if rpc.is_up() else None
+    try:
+        rpc.version()
+    except (Absent, ShuttingDown):
+        return None
+    return rpc
 
 
 def start_supervisord(deployment: Deployment) -> Supervisord:

@@ -7,6 +7,7 @@ comment, or have supervisord expand something.
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -90,9 +91,9 @@ class Templates:
     """The shipped templates, each overridden by a file of the same name in `overrides`."""
 
     def __init__(self, overrides: Path | None = None) -> None:
-        folders = [] if overrides is None else [jinja2.FileSystemLoader(str(overrides))]
+        self._overrides = overrides
         self._environment = jinja2.Environment(
-            loader=jinja2.ChoiceLoader([*folders, jinja2.FunctionLoader(shipped)]),
+            loader=jinja2.FunctionLoader(self._source),
             undefined=jinja2.StrictUndefined,
             autoescape=False,  # noqa: S701 - no markup; values pass the allow-list
             keep_trailing_newline=True,
@@ -112,12 +113,20 @@ class Templates:
                 f"template {error.name or template}, line {error.lineno}: {error.message}"
             ) from None
         except (
-            jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError,
-            TypeError, ValueError,
+            jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError,
+            RecursionError, TypeError, ValueError,
         ) as error:  # fmt: skip
             raise ConfigError(f"template {template}: {error}") from None
         except OSError as error:
             raise ConfigError(f"cannot read template {template}: {error}") from None
+
+    def _source(self, name: str) -> str | None:
+        override = None if self._overrides is None else self._overrides / name
+        if override is None or not os.path.lexists(override):
+            return shipped(name)
+        if not override.is_file():
+            raise ConfigError(f"{override}: is not a regular file; remove it, or mend the link")
+        return override.read_text(encoding="utf-8")
 
 
 def shipped(name: str) -> str | None:

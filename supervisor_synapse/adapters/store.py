@@ -10,9 +10,11 @@ import contextlib
 import fcntl
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from supervisor_synapse.errors import TransientError
 
@@ -58,17 +60,38 @@ def write_json(path: Path, value: object) -> None:
 def read_json(path: Path) -> object | None:
     """The JSON value in `path`; None where there is none, or where it was torn and set aside."""
     try:
-        if path.stat().st_size > _LARGEST_STATE_BYTES:
-            raise ValueError("too large to be ours")
-        value: object = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return None
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
         return None
-    except (ValueError, RecursionError):
-        set_aside(path)
+    info = os.fstat(descriptor)
+    if not stat.S_ISREG(info.st_mode):  # a named pipe is not waited for
+        os.close(descriptor)
         return None
+    with os.fdopen(descriptor, "rb") as file:
+        try:
+            value: object = json.loads(_bounded(file))
+        except OSError:
+            return None
+        except (ValueError, RecursionError):
+            value = None
+    if value is None:
+        _set_aside_same(path, info)
     return value
+
+
+def _bounded(file: BinaryIO) -> bytes:
+    data = file.read(_LARGEST_STATE_BYTES + 1)
+    if len(data) > _LARGEST_STATE_BYTES:
+        raise ValueError("too large to be ours")
+    return data
+
+
+def _set_aside_same(path: Path, read: os.stat_result) -> None:
+    """Unless another process has rebuilt it meanwhile."""
+    with contextlib.suppress(OSError):
+        now = path.stat()
+        if (now.st_ino, now.st_mtime_ns) == (read.st_ino, read.st_mtime_ns):
+            set_aside(path)
 
 
 def set_aside(path: Path) -> None:

@@ -44,6 +44,10 @@ class Fault(IntEnum):
     CANT_REREAD = 92
 
 
+class Absent(TransientError):
+    """Nobody listens on the socket."""
+
+
 class Refused(TransientError):
     """supervisord answered with a fault."""
 
@@ -99,7 +103,8 @@ def _validated(shape: TypeAdapter[_T], answer: object) -> _T:
     try:
         return shape.validate_python(answer)
     except ValidationError as error:
-        raise TransientError(f"cannot read supervisord's answer: {printable(str(error))}") from None
+        why = printable(str(error.errors()[0]["msg"]))
+        raise TransientError(f"cannot read supervisord's answer: {why}") from None
 
 
 class _UnixConnection(http.client.HTTPConnection):
@@ -125,6 +130,7 @@ class Supervisord:
 
         Raises:
             Refused: supervisord answered with a fault.
+            Absent: there is no supervisord.
             ShuttingDown: it is on its way out.
             TransientError: it did not answer, or not in XML-RPC.
         """
@@ -136,6 +142,8 @@ class Supervisord:
             if fault.faultCode == Fault.SHUTDOWN_STATE:
                 raise ShuttingDown("supervisord is shutting down") from None
             raise Refused(fault.faultCode, printable(str(fault.faultString))) from None
+        except (FileNotFoundError, ConnectionRefusedError) as error:
+            raise Absent(f"cannot reach supervisord at {self._path}: {error.strerror}") from None
         except (OSError, http.client.HTTPException) as error:
             why = getattr(error, "strerror", None) or printable(str(error)) or type(error).__name__
             raise TransientError(f"cannot reach supervisord at {self._path}: {why}") from None
@@ -159,10 +167,14 @@ class Supervisord:
     def is_up(self) -> bool:
         """Whether a supervisord answers and is not shutting down."""
         try:
-            self.call("supervisor.getSupervisorVersion")
+            self.version()
         except (TransientError, ShuttingDown):
             return False
         return True
+
+    def version(self) -> str:
+        """supervisord's own."""
+        return str(self.call("supervisor.getSupervisorVersion"))
 
     def pid(self) -> int:
         """supervisord's own."""

@@ -273,7 +273,8 @@ def _running(state: ModelState, seen: Seen, now: Now, policy: Policy) -> ModelSt
                 return state
             return _in(state, Phase.LOADING, "its process runs")
         case Verdict.LOADING:
-            return _in(replace(state, ready_at=None), Phase.LOADING, "its process runs")
+            reason = seen.verdict_reason or "its process runs"
+            return _in(replace(state, ready_at=None), Phase.LOADING, reason)
         case Verdict.READY:
             return _ready(state, now, policy)
         case Verdict.STUCK:

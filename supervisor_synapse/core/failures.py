@@ -50,6 +50,9 @@ _LONGEST_EVIDENCE = 300
 _START_MARK = "synapse-run: start: pid="
 _PLAIN_END = "synapse-run: ended by itself: server=exit "  # says less than the line before it
 _ABORTED = 128 + 6
+
+_GENERIC = re.compile(r"exiting due to|cleaning up before exit|failed to load model", re.IGNORECASE)
+_ERROR = re.compile(r"error|exception|failed|unable|cannot", re.IGNORECASE)
 _ASSERTION = "GGML_ASSERT"
 
 
@@ -84,6 +87,17 @@ def classify(ending: Ending, *, was_ready: bool = False) -> tuple[FailureClass, 
                 return FailureClass.CRASHED, printable(line)
         return FailureClass.OUT_OF_MEMORY, last
     return FailureClass.CRASHED, last
+
+
+def _most_telling(lines: list[str]) -> str:
+    """The last line, or the last error before it where it only says that all is over."""
+    telling = [line for line in lines if not line.startswith(_PLAIN_END)]
+    if not telling:
+        return ""
+    if _GENERIC.search(telling[-1]):
+        errors = [line for line in telling if _ERROR.search(line) and not _GENERIC.search(line)]
+        return printable(errors[-1] if errors else telling[-1])
+    return printable(telling[-1])
 
 
 def _lines_of_last_run(log_tail: str) -> list[str]:

@@ -208,6 +208,8 @@ def _judge_ready(state: Liveness, still_seconds: float, policy: ProbePolicy) -> 
         return Verdict.WEDGED, f"busy, and nothing has moved for {still_seconds:.0f} s"
     if state.health is Health.LOADING and still_seconds >= policy.stall_seconds:
         return Verdict.UNRESPONSIVE, f"it says that it loads, for {still_seconds:.0f} s"
+    if state.health is Health.LOADING:  # again: it woke, or took another model
+        return Verdict.LOADING, "it says that it loads"
     if state.missed:
         return Verdict.MISSED, f"{state.missed} probe(s) failed: {state.health.value}"
     return (Verdict.UNKNOWN if state.health is Health.UNKNOWN else Verdict.READY), ""
