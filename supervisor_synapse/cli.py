@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from supervisor_synapse.adapters.supervisord import Supervisord
     from supervisor_synapse.core.model import Problem, Program, Row
     from supervisor_synapse.core.settings import Settings
-    from supervisor_synapse.deploy import Discovery
+    from supervisor_synapse.discovery import Discovery
     from supervisor_synapse.lifecycle import Interrupts
 
 
@@ -112,11 +112,11 @@ def _init(deployment: Deployment, _: argparse.Namespace) -> int:
 
 
 def _discover(deployment: Deployment, arguments: argparse.Namespace) -> int:
-    from supervisor_synapse import deploy, lifecycle
+    from supervisor_synapse import deploy, discovery, lifecycle
 
     settings = _settings(deployment)
     rpc = lifecycle.connect(deployment)
-    found = deploy.discover(deployment, settings, rpc, arguments.force)
+    found = discovery.discover(deployment, settings, rpc, arguments.force)
     _require_known(arguments.force, found)
     if not arguments.json:
         _show_discovery(found)
@@ -134,10 +134,10 @@ def _require_known(names: Sequence[str], found: Discovery) -> None:
 
 
 def _plan(deployment: Deployment, arguments: argparse.Namespace) -> int:
-    from supervisor_synapse import deploy, lifecycle
+    from supervisor_synapse import discovery, lifecycle
 
     settings = _settings(deployment)
-    found = deploy.discover(deployment, settings, lifecycle.connect(deployment))
+    found = discovery.discover(deployment, settings, lifecycle.connect(deployment))
     waves = found.plan.waves(settings.max_parallel)
     if arguments.json:
         print(json.dumps(_plan_json(found, waves), indent=2))
@@ -196,16 +196,16 @@ def _find_or_make_models(
     deployment: Deployment, settings: Settings, rpc: Supervisord | None, *, demo: bool
 ) -> Discovery:
     """What is there; where there is nothing, a small model is generated first."""
-    from supervisor_synapse import deploy
+    from supervisor_synapse import discovery
 
-    found = deploy.discover(deployment, settings, rpc, demo=demo)
+    found = discovery.discover(deployment, settings, rpc, demo=demo)
     if not found.plan.programs and not found.registry.programs:
-        path = deploy.generate_demo(settings)
+        path = discovery.generate_demo(settings)
         _say(
             f"No model was found, so a small one was generated for a first try: {path}\n"
             "A real one: `hf download REPO FILE.gguf`, then `synapse discover`."
         )
-        found = deploy.discover(deployment, settings, rpc, demo=demo)
+        found = discovery.discover(deployment, settings, rpc, demo=demo)
     _show_problems(found.problems)
     return found
 

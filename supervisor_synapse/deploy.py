@@ -1,81 +1,41 @@
-"""Discover → render → apply: from the files on the machine to what supervisord runs.
-
-`discover` only looks, and returns a value; `apply` carries that value out. So a dry run is the
-first half, and what was shown is what is done.
-"""
+"""Discovery → disk → supervisord: carries out what `discovery` found, and no more."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
-import re
 import shutil
-import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
-from supervisor_synapse import render
-from supervisor_synapse.adapters import (
-    demo_model,
-    hfcache,
-    intent,
-    registry,
-    store,
-    supervisord,
-)
+from supervisor_synapse import discovery, render
 from supervisor_synapse.adapters import (
     deployment as deployments,
 )
 from supervisor_synapse.adapters import (
-    engine as engines,
+    registry,
+    store,
+    supervisord,
 )
 from supervisor_synapse.adapters.deployment import Deployment
-from supervisor_synapse.adapters.gpu import cpu
-from supervisor_synapse.adapters.header_cache import HeaderCache
-from supervisor_synapse.adapters.registry import Entry, Registry
+from supervisor_synapse.adapters.registry import Registry
 from supervisor_synapse.adapters.supervisord import Supervisord
-from supervisor_synapse.core.catalog import Model, build_catalog, printable
-from supervisor_synapse.core.model import Device, Engine, Phase, Problem, ProcessState, Program
+from supervisor_synapse.core.model import Phase, ProcessState
 from supervisor_synapse.core.plan import (
     Changes,
-    Choice,
-    Deployed,
-    Plan,
-    World,
-    compare,
-    make_plan,
-    repo_file,
-    with_port,
 )
 from supervisor_synapse.core.settings import Settings
-from supervisor_synapse.errors import ApplyError, ConfigError, ShuttingDown, TransientError
+from supervisor_synapse.discovery import Discovery, digest
+from supervisor_synapse.errors import ApplyError, ConfigError, ShuttingDown
 
 _POLL_SECONDS = 0.05
 _SETTLE_SECONDS = 600.0  # a rolled model may load from a slow disk; then the next one goes on
-_LONGEST_REASON = 400
 _UNSETTLED = frozenset({Phase.PENDING, Phase.LOADING, Phase.STOPPING, Phase.VERIFYING})
 
 Report = Callable[[str], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Discovery:
-    """What was found, what shall become of it, and how that differs from what is deployed."""
-
-    plan: Plan
-    blocks: Mapping[str, render.Block]
-    links: Mapping[Path, str]  # under var/models → the file meant
-    changes: Changes
-    problems: tuple[Problem, ...]
-    engine: Engine
-    devices: tuple[Device, ...]
-    registry: Registry  # as it shall be saved
-    switched_on: tuple[str, ...]  # programs that the settings enable since now
-    switched_off: tuple[str, ...]
 
 
 def initialize(deployment: Deployment) -> tuple[Path, ...]:
@@ -88,434 +48,8 @@ def initialize(deployment: Deployment) -> tuple[Path, ...]:
     return deployments.lay_down(deployment, files)
 
 
-def discover(
-    deployment: Deployment,
-    settings: Settings,
-    rpc: Supervisord | None = None,
-    forced: Iterable[str] = (),
-    *,
-    demo: bool = False,
-) -> Discovery:
-    """Look at everything; change nothing but caches.
-
-    `demo`: serve the generated model although there are others; remembered until it is gone.
-
-    Raises:
-        ConfigError: settings, engine, templates or permissions must be mended first.
-    """
-    engine = engines.find(settings.engine)
-    _require_readable(deployment)
-    earlier = registry.load(deployment.registry)
-    running = _running(rpc, earlier)
-    headers = HeaderCache(deployment.headers)
-    found = hfcache.scan(settings.cache_dirs, settings.model_dirs, headers)
-    catalog = build_catalog(found.files, earlier.names())
-    devices = _devices(engine, running)
-    forgotten = _forgotten(deployment, catalog.models, earlier)
-    ours = {program.port for program in running}
-    if rpc is not None:
-        ours |= {choice.port for choice in forgotten.values()}
-    world = World(
-        devices=devices, engine=engine, earlier=earlier.choices() | forgotten,
-        port_is_free=_port_check(settings.host, ours), intent=intent.load(deployment.intent),
-    )  # fmt: skip
-    demo = demo or earlier.demo
-    models = catalog.models if demo else _without_demo(catalog.models)
-    plan, links = _reachable(make_plan(models, settings, world), deployment, earlier.paths())
-    templates = render.Templates(deployment.templates)
-    around = _surroundings(deployment, settings, engine)
-    blocks, refused = _render(templates, plan.programs, around, earlier.digests())
-    deployed = _deployed(deployment, earlier)
-    none_found = not plan.programs
-    plan = _without_refused(plan, blocks, deployed, earlier)
-    out_of_sight = _out_of_sight(plan, found.unread, deployed, earlier, deployment.links)
-    plan = _with_kept(plan, out_of_sight, earlier)
-    as_they_are = {name for name in refused if name in deployed}
-    as_they_are |= {program.name for program in out_of_sight}
-    changes = compare(
-        _digests(blocks),
-        {name: block for name, block in deployed.items() if name not in as_they_are},
-        forced,
-    )
-    if out_of_sight:
-        names = tuple(sorted(program.name for program in out_of_sight))
-        changes = replace(changes, kept=tuple(sorted((*changes.kept, *names))))
-    problems = [
-        *_lost_registry(deployment), *_missing_cache(settings, models), *found.problems,
-        *map(_unseen, out_of_sight),
-        *catalog.problems, *plan.problems, *refused.values(),
-    ]  # fmt: skip
-    if changes.removed and none_found:
-        problems.append(_all_gone(changes.removed))
-        changes = replace(changes, removed=(), kept=changes.kept + changes.removed)
-    return Discovery(
-        plan=plan, blocks=blocks, links=links, changes=changes, problems=tuple(problems),
-        engine=engine, devices=devices,
-        registry=replace(_registered(earlier, plan, blocks, changes, settings), demo=demo),
-        switched_on=_switched(earlier, plan, on=True),
-        switched_off=_switched(earlier, plan, on=False),
-    )  # fmt: skip
-
-
-def generate_demo(settings: Settings) -> Path:
-    """A small model of our own, put into the first cache that is searched.
-
-    Raises:
-        ConfigError: the cache cannot be written.
-    """
-    cache = Path(settings.cache_dirs[0] if settings.cache_dirs else hfcache.default_cache_dir())
-    try:
-        return demo_model.generate(cache)
-    except OSError as error:
-        raise ConfigError(
-            f"cannot generate a model in {cache}: {error.strerror}; make it writable, or name "
-            "another folder as cache_dirs in synapse.conf"
-        ) from None
-
-
-def _running(rpc: Supervisord | None, earlier: Registry) -> tuple[Program, ...]:
-    """Those of our programs that supervisord runs now."""
-    if rpc is None:
-        return ()
-    try:
-        up = {process.name for process in rpc.processes() if process.pid}
-    except (TransientError, ShuttingDown):
-        return ()
-    return tuple(program for program in earlier.programs if program.name in up)
-
-
-def _devices(engine: Engine, running: tuple[Program, ...]) -> tuple[Device, ...]:
-    """All devices, with what our own running models hold counted as free: it is theirs to keep."""
-    held: dict[str, int] = {}
-    for program in running:
-        held[program.device] = held.get(program.device, 0) + program.estimate_bytes
-    return tuple(
-        replace(
-            device,
-            free_bytes=min(device.free_bytes + held.get(device.name, 0), device.total_bytes),
-        )
-        for device in (*engines.devices(engine), cpu.read())
-    )
-
-
-def _port_check(host: str, ours: set[int]) -> Callable[[int], bool]:
-    """Whether a port can be had; those of our own running models can."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-
-    def is_free(port: int) -> bool:
-        if port in ours:
-            return True
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            # Connections in TIME_WAIT do not keep a server from binding, and must not here.
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((host, port))
-            except OSError:
-                return False
-        return True
-
-    return is_free
-
-
-def _without_demo(models: tuple[Model, ...]) -> tuple[Model, ...]:
-    """The generated model is served only where there is nothing else."""
-    real = tuple(model for model in models if model.repo != demo_model.REPO)
-    return real or models
-
-
-def _reachable(
-    plan: Plan, deployment: Deployment, earlier: Mapping[str, str]
-) -> tuple[Plan, dict[Path, str]]:
-    """The plan with paths that may stand in a block, and the links that this takes."""
-    links: dict[Path, str] = {}
-    programs = []
-    for program in plan.programs:
-        model_path = _model_path(program, deployment.links, earlier.get(program.key), links)
-        projector = program.projector_path
-        if projector is not None and not render.is_safe_path(projector):
-            link = deployment.links / program.name / "mmproj.gguf"
-            links[link] = projector
-            projector = str(link)
-        programs.append(replace(program, model_path=model_path, projector_path=projector))
-    return replace(plan, programs=tuple(programs)), links
-
-
-def _model_path(program: Program, folder: Path, earlier: str | None, links: dict[Path, str]) -> str:
-    """The path to serve; the shards of a model must lie beside each other under their names."""
-    if earlier is not None and earlier != program.model_path and not program.shards:
-        # The same blob under a new revision is no reason to restart.
-        with contextlib.suppress(OSError):
-            if os.path.samefile(earlier, program.model_path):
-                if Path(earlier).is_relative_to(folder):
-                    links[Path(earlier)] = program.model_path
-                return earlier
-    if all(render.is_safe_path(path) for path in (program.model_path, *program.shards)):
-        return program.model_path
-    if not program.shards:
-        link = folder / f"{program.name}.gguf"
-        links[link] = program.model_path
-        return str(link)
-    count = len(program.shards)
-    names = [f"{program.name}-{i:05}-of-{count:05}.gguf" for i in range(1, count + 1)]
-    for name, shard in zip(names, program.shards, strict=True):
-        links[folder / program.name / name] = shard
-    return str(folder / program.name / names[0])
-
-
-def _surroundings(
-    deployment: Deployment, settings: Settings, engine: Engine
-) -> render.Surroundings:
-    around = render.Surroundings(
-        launcher=deployments.launcher_command(), engine=engine, stop=settings.stop,
-        directory=str(deployment.prefix), log_folder=str(deployment.log),
-    )  # fmt: skip
-    render.require_safe(around)
-    return around
-
-
-def _render(
-    templates: render.Templates,
-    programs: Iterable[Program],
-    around: render.Surroundings,
-    checked: Mapping[str, tuple[str, ...]],
-) -> tuple[dict[str, render.Block], dict[str, Problem]]:
-    """Blocks by name, and why others were refused. A template that does not render costs all.
-
-    A text with a digest in `checked` was parsed back when it was first rendered.
-    """
-    blocks: dict[str, render.Block] = {}
-    refused: dict[str, Problem] = {}
-    for program in programs:
-        try:
-            block = render.render_program(templates, program, around)
-        except render.ValueRefused as error:
-            refused[program.name] = Problem(program.name, str(error), "give its file another name")
-            continue
-        try:
-            if _digest(block.text) not in checked.get(block.name, ()):
-                supervisord.check_block(block, render.BLOCK_KEYS)
-        except ConfigError as error:
-            why = printable(str(error), _LONGEST_REASON)
-            refused[block.name] = Problem(block.name, why, "mend etc/templates/program.conf.j2")
-        else:
-            blocks[block.name] = block
-    return blocks, refused
-
-
-def _without_refused(
-    plan: Plan,
-    blocks: Mapping[str, render.Block],
-    deployed: Mapping[str, Deployed],
-    earlier: Registry,
-) -> Plan:
-    """The plan without programs that got no block; one that is deployed stays as it was."""
-    before = {program.key: program for program in earlier.programs}
-    programs = []
-    choices = dict(plan.choices)
-    for program in plan.programs:
-        if program.name in blocks:
-            programs.append(program)
-        elif program.name in deployed and program.key in before:
-            programs.append(before[program.key])
-            choices[program.key] = earlier.entries[program.key].choice
-    return replace(plan, programs=tuple(programs), choices=choices)
-
-
-def _out_of_sight(
-    plan: Plan,
-    unread: Iterable[str],
-    deployed: Mapping[str, Deployed],
-    earlier: Registry,
-    links: Path,
-) -> tuple[Program, ...]:
-    """Programs whose file lies where nobody could look: an unmounted disk removes nothing."""
-    roots = {Path(root) for root in unread} | {Path(os.path.realpath(root)) for root in unread}
-    return tuple(
-        program
-        for program in earlier.programs
-        if program.key not in plan.choices
-        and program.name in deployed
-        and not roots.isdisjoint(_real_model_path(program, links).parents)
-    )
-
-
-def _unseen(program: Program) -> Problem:
-    return Problem(
-        program.name,
-        "left as it is: the folder of its file could not be looked into",
-        "check that it is mounted, or take it out of synapse.conf",
-    )
-
-
-def _real_model_path(program: Program, links: Path) -> Path:
-    """Where the file is meant to lie, though it may not be there now."""
-    path = Path(program.model_path)
-    if path.is_relative_to(links):
-        with contextlib.suppress(OSError):
-            return Path(os.readlink(path))
-    return path
-
-
-def _with_kept(plan: Plan, kept: tuple[Program, ...], earlier: Registry) -> Plan:
-    """The plan with programs that stay as they were, in their place by priority."""
-    programs = sorted((*plan.programs, *kept), key=lambda program: program.priority)
-    choices = {program.key: earlier.entries[program.key].choice for program in kept}
-    return replace(plan, programs=tuple(programs), choices={**plan.choices, **choices})
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _digests(blocks: Mapping[str, render.Block]) -> dict[str, str]:
-    return {name: _digest(block.text) for name, block in blocks.items()}
-
-
-def _deployed(deployment: Deployment, earlier: Registry) -> dict[str, Deployed]:
-    """The blocks on disk, by the name of their file."""
-    written = earlier.digests()
-    found = {}
-    for path in sorted(deployment.blocks.glob("*.conf")):
-        digest = hashlib.sha256(_block_bytes(path)).hexdigest()
-        found[path.stem] = Deployed(digest, written.get(path.stem, ()))
-    return found
-
-
-def _block_bytes(path: Path) -> bytes:
-    """The content of a block on disk.
-
-    Raises:
-        ConfigError: supervisord could not read it either; it takes such a one for removed.
-    """
-    try:
-        if not path.is_file():
-            raise ConfigError(f"{path}: is not a regular file; remove it")
-        return path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}; chmod u+r {path}") from None
-
-
-def _require_readable(deployment: Deployment) -> None:
-    """Refuse to take for absent what is only out of reach: it would be written over.
-
-    Raises:
-        ConfigError: one line for each, with the command that mends it.
-    """
-    folders = [
-        f"cannot look into {folder}: chmod u+rwx {folder}"
-        for folder in (deployment.blocks, deployment.lib, deployment.links, deployment.run)
-        if folder.exists() and not os.access(folder, os.R_OK | os.X_OK)
-    ]
-    if folders:
-        raise ConfigError(folders)
-    path = deployment.registry
-    if path.exists() and not path.is_file():
-        raise ConfigError(f"{path}: is not a regular file; move it away")
-    if path.exists() and not os.access(path, os.R_OK):
-        raise ConfigError(f"cannot read {path}: chmod u+rw {path}")
-
-
-def _missing_cache(settings: Settings, models: Sequence[Model]) -> list[Problem]:
-    """Where nothing was found: that the default cache, which need not exist, does not."""
-    if settings.cache_dirs or models:
-        return []
-    folder = hfcache.default_cache_dir()
-    if os.path.isdir(folder):
-        return []
-    return [
-        Problem(
-            printable(folder), "this cache does not exist, and no other place holds a model",
-            "download a model with `hf download`, or name the folders that hold models as "
-            "cache_dirs or model_dirs in synapse.conf",
-        )
-    ]  # fmt: skip
-
-
-def _lost_registry(deployment: Deployment) -> list[Problem]:
-    """Said until there is a registry again."""
-    aside = deployment.registry.with_name(deployment.registry.name + ".corrupt")
-    if deployment.registry.exists() or not aside.exists():
-        return []
-    return [
-        Problem(
-            str(deployment.registry),
-            f"could not be used and was set aside as {aside.name}; "
-            "ports are taken from the blocks in etc/conf.d, the rest is chosen anew",
-            "nothing; a block that is kept as edited by hand: `synapse discover --force MODEL`",
-        )
-    ]
-
-
-def _forgotten(
-    deployment: Deployment, models: Iterable[Model], earlier: Registry
-) -> dict[str, Choice]:
-    """What blocks on disk say of models that the registry does not know: their ports.
-
-    So a registry that was lost costs no model its port, nor its block the name of being ours.
-    """
-    found = {}
-    for model in models:
-        path = deployment.block(model.name)
-        if model.key in earlier.entries or not path.exists():
-            continue
-        port = _port_in(_block_bytes(path).decode("utf-8", "replace"))
-        if port is not None:
-            found[model.key] = Choice(port, context=0, device="", fitted=False, basis="")
-    return found
-
-
-def _port_in(block: str) -> int | None:
-    """What the command of a block gives as its port."""
-    command = re.search(r"^command=(.*)$", block, re.MULTILINE)
-    said = re.search(r" --port (\d{4,5})( |$)", command[1]) if command else None
-    return int(said[1]) if said else None
-
-
-def _all_gone(removed: tuple[str, ...]) -> Problem:
-    return Problem(
-        "discovery",
-        f"no model is left where there were {len(removed)}; nothing was removed",
-        "check that the cache is mounted; to remove them all the same, delete their files in "
-        "etc/conf.d and run supervisorctl update",
-    )
-
-
-def _registered(
-    earlier: Registry,
-    plan: Plan,
-    blocks: Mapping[str, render.Block],
-    changes: Changes,
-    settings: Settings,
-) -> Registry:
-    """The registry after this discovery; models that were not found keep their place in it."""
-    entries = {key: replace(entry, present=False) for key, entry in earlier.entries.items()}
-    for program in plan.programs:
-        known = earlier.entries.get(program.key)
-        digests = known.digests if known else ()
-        block = blocks.get(program.name)
-        if block is not None:
-            digests = registry.with_digest(digests, _digest(block.text))
-        entries[program.key] = Entry(
-            name=program.name, key=program.key, choice=plan.choices[program.key],
-            digests=digests, present=True,
-        )  # fmt: skip
-    programs = plan.programs if plan.programs else earlier.programs
-    generation = earlier.generation + (1 if changes else 0)
-    return Registry(entries, programs, settings, generation)
-
-
-def _switched(earlier: Registry, plan: Plan, *, on: bool) -> tuple[str, ...]:
-    """Programs that were deployed before, and are enabled (or not) only now."""
-    before = {program.name: program.enabled for program in earlier.programs}
-    return tuple(
-        program.name
-        for program in plan.programs
-        if program.enabled is on and before.get(program.name, on) is not on
-    )
-
-
 def apply(
-    deployment: Deployment, discovery: Discovery, rpc: Supervisord | None, report: Report
+    deployment: Deployment, found: Discovery, rpc: Supervisord | None, report: Report
 ) -> None:
     """Carry out a discovery; where nothing changed no file is touched.
 
@@ -529,10 +63,10 @@ def apply(
     """
     try:
         with store.exclusive(deployment.discovery_lock):
-            _write(deployment, discovery, report)
+            _write(deployment, found, report)
             if rpc is not None:
-                _tell_supervisord(rpc, discovery, report)
-            _drop_old_links(deployment, discovery.links)
+                _tell_supervisord(rpc, found, report)
+            _drop_old_links(deployment, found.links)
     except OSError as error:
         where = error.filename2 or error.filename or deployment.prefix
         raise ApplyError(
@@ -541,20 +75,20 @@ def apply(
         ) from None
 
 
-def _write(deployment: Deployment, discovery: Discovery, report: Report) -> None:
-    changes = discovery.changes
-    written = [discovery.blocks[name] for name in (*changes.added, *changes.changed)]
+def _write(deployment: Deployment, found: Discovery, report: Report) -> None:
+    changes = found.changes
+    written = [found.blocks[name] for name in (*changes.added, *changes.changed)]
     if changes:
-        _parse_back(deployment, discovery, written)
-    _make_links(deployment, discovery.links)
+        _parse_back(deployment, found, written)
+    _make_links(deployment, found.links)
     before = registry.load(deployment.registry)
-    if not registry.is_same(before, discovery.registry):
-        registry.save(deployment.registry, discovery.registry)
+    if not registry.is_same(before, found.registry):
+        registry.save(deployment.registry, found.registry)
     for block in written:
         store.write_text(deployment.block(block.name), block.text)
     for name in changes.removed:
         deployment.block(name).unlink(missing_ok=True)
-    _leave_beside(deployment, discovery, before, report)
+    _leave_beside(deployment, found, before, report)
 
 
 def move_port(deployment: Deployment, name: str) -> None:
@@ -564,55 +98,13 @@ def move_port(deployment: Deployment, name: str) -> None:
         ConfigError: its port is not ours to choose, or there is none left.
         ApplyError, TransientError: it could not be carried out.
     """
-    earlier = registry.load(deployment.registry)
-    settings = earlier.settings
-    program = next((program for program in earlier.programs if program.name == name), None)
-    if program is None:
-        raise ConfigError(f"{name}: there is no such model")
-    if settings.for_model(name, repo_file(program)).port is not None:
-        raise ConfigError(f"{name}: port {program.port} is set in synapse.conf, and is taken")
-    moved = with_port(program, _free_port(earlier))
-    engine = engines.find(settings.engine)
-    around = _surroundings(deployment, settings, engine)
-    block = render.render_program(render.Templates(deployment.templates), moved, around)
-    changes = compare({name: _digest(block.text)}, _only(name, _deployed(deployment, earlier)))
-    if not changes.changed:
-        raise ConfigError(f"{name}: its block was edited by hand: choose another port there")
-    programs = tuple(moved if one.name == name else one for one in earlier.programs)
-    entry = earlier.entries[program.key]
-    entry = replace(
-        entry, choice=replace(entry.choice, port=moved.port),
-        digests=registry.with_digest(entry.digests, _digest(block.text)),
-    )  # fmt: skip
-    entries = {**earlier.entries, program.key: entry}
-    after = replace(earlier, entries=entries, programs=programs, generation=earlier.generation + 1)
-    discovery = Discovery(
-        plan=Plan(programs, after.choices(), ()), blocks={name: block}, links={}, changes=changes,
-        problems=(), engine=engine, devices=(), registry=after, switched_on=(), switched_off=(),
-    )  # fmt: skip
-    apply(deployment, discovery, Supervisord(deployment.socket), lambda line: None)
+    moved = discovery.another_port(deployment, name)
+    apply(deployment, moved, Supervisord(deployment.socket), lambda line: None)
 
 
-def _only(name: str, deployed: Mapping[str, Deployed]) -> dict[str, Deployed]:
-    return {key: value for key, value in deployed.items() if key == name}
-
-
-def _free_port(earlier: Registry) -> int:
-    """The first port of the range that no model of ours has and no stranger listens on."""
-    settings = earlier.settings
-    taken = {choice.port for choice in earlier.choices().values()}
-    is_free = _port_check(settings.host, set())
-    for port in range(settings.first_port, settings.last_port + 1):
-        if port not in taken and is_free(port):
-            return port
-    raise ConfigError(
-        f"no port is left in {settings.first_port}-{settings.last_port}: widen port_range"
-    )
-
-
-def _parse_back(deployment: Deployment, discovery: Discovery, written: list[render.Block]) -> None:
+def _parse_back(deployment: Deployment, found: Discovery, written: list[render.Block]) -> None:
     """The whole configuration as it would be, read by supervisord's own parser."""
-    gone = {*discovery.changes.removed, *(block.name for block in written)}
+    gone = {*found.changes.removed, *(block.name for block in written)}
     with tempfile.TemporaryDirectory(prefix="candidates.", dir=deployment.run) as folder:
         candidates = Path(folder)
         for path in deployment.blocks.glob("*.conf"):
@@ -672,36 +164,36 @@ def _drop_old_links(deployment: Deployment, links: Mapping[Path, str]) -> None:
 
 
 def _leave_beside(
-    deployment: Deployment, discovery: Discovery, before: Registry, report: Report
+    deployment: Deployment, found: Discovery, before: Registry, report: Report
 ) -> None:
     """Where the user edited a block and ours changed too, ours goes beside it."""
     known = before.digests()
-    for name in discovery.changes.kept:
-        block = discovery.blocks.get(name)
+    for name in found.changes.kept:
+        block = found.blocks.get(name)
         if block is None:
             report(f"{name}: its model was not found; its block was kept")
-        elif _digest(block.text) not in known.get(name, ()):
+        elif digest(block.text) not in known.get(name, ()):
             beside = deployment.blocks / f"{name}.conf.new"
             store.write_text(beside, block.text)
             report(f"{name}: edited by hand, kept; what discovery would write is in {beside}")
 
 
-def _tell_supervisord(rpc: Supervisord, discovery: Discovery, report: Report) -> None:
+def _tell_supervisord(rpc: Supervisord, found: Discovery, report: Report) -> None:
     """Added, changed, removed: only these groups are touched, changed ones one at a time."""
-    bound = _stop_bound(discovery.registry.settings)
+    bound = _stop_bound(found.registry.settings)
     try:
-        changes = _with_arrears(discovery, rpc.reread())
+        changes = _with_arrears(found, rpc.reread())
         for name in changes.removed:
             _stop(rpc, name, bound)
             rpc.remove(name)
             report(f"{name}: removed")
-        for name in discovery.switched_off:
+        for name in found.switched_off:
             _stop(rpc, name, bound)
             report(f"{name}: stopped, its model is no longer enabled")
         for name in changes.added:
             rpc.add(name)
             report(f"{name}: added")
-        for name in sorted({*discovery.switched_on} - {*changes.added, *changes.changed}):
+        for name in sorted({*found.switched_on} - {*changes.added, *changes.changed}):
             _make_fresh(rpc, name)
         for name in changes.changed:
             was_up = _stop(rpc, name, bound)
@@ -717,11 +209,11 @@ def _tell_supervisord(rpc: Supervisord, discovery: Discovery, report: Report) ->
         raise ApplyError("supervisord is shutting down; it will read the files next time") from None
 
 
-def _with_arrears(discovery: Discovery, seen: supervisord.Reread) -> Changes:
+def _with_arrears(found: Discovery, seen: supervisord.Reread) -> Changes:
     """The changes, and those of an earlier apply that did not reach supervisord."""
-    changes = discovery.changes
+    changes = found.changes
     settled = {*changes.unchanged}
-    gone = {entry.name for entry in discovery.registry.entries.values() if not entry.present}
+    gone = {entry.name for entry in found.registry.entries.values() if not entry.present}
     gone -= {*changes.kept}
     return replace(
         changes,

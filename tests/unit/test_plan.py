@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from supervisor_synapse import deploy
+from supervisor_synapse import deploy, discovery
 from supervisor_synapse.adapters.deployment import Deployment
 from supervisor_synapse.adapters.registry import Entry, Registry
 from supervisor_synapse.core.catalog import Model
@@ -755,10 +755,10 @@ def put(deployment: Deployment, *names: str, seed: int = 0) -> None:
 
 def look_and_apply(
     deployment: Deployment, settings: Settings | None = None, forced: Iterable[str] = ()
-) -> tuple[deploy.Discovery, list[str]]:
+) -> tuple[discovery.Discovery, list[str]]:
     """One discovery, carried out without a supervisord; and what it said."""
     said: list[str] = []
-    found = deploy.discover(deployment, settings or settings_of(deployment), None, forced)
+    found = discovery.discover(deployment, settings or settings_of(deployment), None, forced)
     deploy.apply(deployment, found, None, said.append)
     return found, said
 
