@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from supervisor_synapse.adapters import deployment as deployments
@@ -222,7 +223,19 @@ def _show_ready(rows: Sequence[Row], deployment: Deployment) -> None:
     example = next((row for row in shown if row.phase is Phase.READY), None)
     if example is not None:
         print(f"\nTry it:\n  {report.curl_line(example)}\n")
-    print(f"More: supervisorctl -c {deployment.main_config} models", flush=True)
+    print(f"More: {_supervisorctl(deployment)} models", flush=True)
+
+
+def _supervisorctl(deployment: Deployment) -> str:
+    """How the user calls it from here: without a path where that would find the same one."""
+    import shlex
+    import shutil
+
+    ours = Path(sys.executable).with_name("supervisorctl")
+    found = shutil.which("supervisorctl")
+    is_elsewhere = ours.exists() and not (found and os.path.samefile(found, ours))
+    name = str(ours) if is_elsewhere else "supervisorctl"
+    return shlex.join([name, "-c", str(deployment.main_config)])
 
 
 def _verdict(rows: Sequence[Row]) -> int:
