@@ -14,7 +14,9 @@ that one poll waits for everything. `next_step` decides, purely; `Launcher` carr
         `--term` seconds later TERM again, as long after that KILL ──► ENDED: reaped, or given up
 
 - Before the start it refuses what cannot work, with a status of its own (`EXIT_…`) and one line.
-  It kills nobody for a port, and says who holds it.
+  A stranger is never killed for a port; the line says who holds it. With `--record FILE` each run
+  is named in FILE while it lasts; what a run left behind whose launcher was killed is ended by the
+  next: it stands in that run's process group, is ours, and carries FILE in its environment.
 - New requests cannot be kept out from here: under steady traffic only a gateway in front can
   drain fully. HUP, USR1 and USR2 are passed on to the server.
 - On Linux it stops when its parent dies, the server is killed when it dies itself, and whatever
@@ -74,7 +76,10 @@ _LARGEST_REPLY_BYTES = 1 << 20
 _LARGEST_KEY_FILE_BYTES = 1 << 16
 _LONGEST_KEY = 4096
 
-_USAGE = "usage: synapse-run [--drain SECONDS] [--term SECONDS] -- LLAMA_SERVER [ARGUMENT ...]"
+_USAGE = (
+    "usage: synapse-run [--drain SECONDS] [--term SECONDS] [--record FILE] "
+    "-- LLAMA_SERVER [ARGUMENT ...]"
+)
 
 _HINTS = {
     "SIGILL": "illegal instruction: engine built for a newer processor than this one",
@@ -332,21 +337,35 @@ class Server(NamedTuple):
     shares_port: bool
 
 
-def parse_command(words: Sequence[str], environment: Mapping[str, str]) -> tuple[Policy, Server]:
+class Command(NamedTuple):
+    """What we were told."""
+
+    policy: Policy
+    server: Server
+    record: str  # "": none is kept
+
+
+def parse_command(words: Sequence[str], environment: Mapping[str, str]) -> Command:
     """Our own command line: options up to `--`, then the server's (StartError: `EXIT_USAGE`)."""
-    seconds = {"--drain": Policy().drain_seconds, "--term": Policy().term_seconds}
+    said = {"--drain": "", "--term": "", "--record": ""}
     rest = list(words)
     while rest and rest[0] != "--":
         name, equals, value = rest.pop(0).partition("=")
-        if name not in seconds:
+        if name not in said:
             raise StartError(EXIT_USAGE, f"unknown option {name!a}; {_USAGE}")
         if not equals:
             value = rest.pop(0) if rest else ""
-        seconds[name] = _seconds(name, value)
+        if not value:
+            raise StartError(EXIT_USAGE, f"{name} takes a value; {_USAGE}")
+        said[name] = value
     if len(rest) < 2:
         raise StartError(EXIT_USAGE, f"no server to run; {_USAGE}")
-    policy = Policy(seconds["--drain"], seconds["--term"])
-    return policy, parse_server(rest[1:], environment)
+    usual = Policy()
+    policy = Policy(
+        _seconds("--drain", said["--drain"] or str(usual.drain_seconds)),
+        _seconds("--term", said["--term"] or str(usual.term_seconds)),
+    )
+    return Command(policy, parse_server(rest[1:], environment), said["--record"])
 
 
 def _seconds(name: str, text: str) -> float:
@@ -462,6 +481,99 @@ def _holders(port: int) -> str:
     names = [f"pid {pid} ({_read(f'/proc/{pid}/comm').decode(errors='replace').strip()!a})"
              for pid in sorted(_processes()) if sockets.intersection(_open_files(pid))]  # fmt: skip
     return "already in use" + (f" by {', '.join(names)}" if names else "")
+
+
+# --- what an earlier run left behind ---------------------------------------------------------
+
+_MARK = "SYNAPSE_RECORD"  # in the environment of a server: the file that names its run
+
+
+def end_orphans(record: str) -> list[int]:
+    """Kill what a run left whose launcher was killed, and who it was; strangers are never touched.
+
+    A number is not given to another process while a group of that number has members, so the
+    group of a dead launcher is its own unless somebody leads it anew.
+    """
+    pid, _, start = _read(record, 200).decode(errors="replace").strip().partition(" ")
+    if not pid.isdecimal() or not start or _start_of(int(pid)):
+        return []  # no run, one that lives, or a number that is someone else's by now
+    ended = [member for member in _members_of(int(pid)) if _kill_marked(member, record)]
+    until = time.monotonic() + _KILL_SECONDS
+    while any(map(_start_of, ended)) and time.monotonic() < until:
+        time.sleep(0.01)
+    return ended
+
+
+def write_record(record: str) -> None:
+    """Name this run: our number, and when we were started."""
+    temporary = f"{record}.{os.getpid()}"
+    with contextlib.suppress(OSError):  # a full disk costs only this
+        with open(temporary, "w", encoding="ascii") as file:
+            file.write(f"{os.getpid()} {_start_of(os.getpid())}\n")
+        os.replace(temporary, record)
+
+
+def clear_record(record: str) -> None:
+    """This run has left nothing behind."""
+    with contextlib.suppress(OSError):
+        os.unlink(record)
+
+
+def _start_of(pid: int) -> str:
+    """When a process was started, as the system has it; "": there is none, or it is a zombie."""
+    if sys.platform == "linux":
+        words = _read(f"/proc/{pid}/stat").rpartition(b")")[2].split()
+        return words[19].decode() if len(words) > 19 and words[0] not in b"ZX" else ""
+    return _ps(pid, "lstart=")
+
+
+def _members_of(group: int) -> list[int]:
+    if sys.platform == "darwin":
+        return sorted(_group_members(group))
+    return [pid for pid in _processes() if _group_of(pid) == group]
+
+
+def _group_of(pid: int) -> int:
+    words = _read(f"/proc/{pid}/stat").rpartition(b")")[2].split()
+    return int(words[2]) if len(words) > 2 else 0
+
+
+def _kill_marked(pid: int, record: str) -> bool:
+    """Whether it was ours, and is killed. Its number is held while we look."""
+    try:
+        held = os.pidfd_open(pid) if sys.platform == "linux" else -1
+    except OSError:
+        return False
+    try:
+        if not _is_marked(pid, record):
+            return False
+        if held >= 0:
+            signal.pidfd_send_signal(held, signal.SIGKILL)
+        else:
+            os.kill(pid, signal.SIGKILL)
+    except OSError:
+        return False
+    finally:
+        if held >= 0:
+            os.close(held)
+    return True
+
+
+def _is_marked(pid: int, record: str) -> bool:
+    mark = f"{_MARK}={record}"
+    if sys.platform == "linux":
+        is_ours = os.stat(f"/proc/{pid}").st_uid == os.getuid()
+        return is_ours and os.fsencode(mark) in _read(f"/proc/{pid}/environ").split(b"\0")
+    return _ps(pid, "uid=") == str(os.getuid()) and mark in _ps(pid, "command=", "-E").split()
+
+
+def _ps(pid: int, column: str, *options: str) -> str:
+    import subprocess  # seldom needed
+
+    run = subprocess.run(
+        ["/bin/ps", *options, "-ww", "-o", column, "-p", str(pid)], capture_output=True, check=False
+    )
+    return run.stdout.decode(errors="replace").strip()
 
 
 # --- looking at the server -------------------------------------------------------------------
@@ -976,8 +1088,10 @@ def main() -> int:
     at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     say(f"start: pid={os.getpid()}, at={at}", afresh=True)
     try:
-        policy, server = parse_command(arguments, os.environ)
-        status = _launch(policy, server, preflight(server))
+        command = parse_command(arguments, os.environ)
+        for orphan in end_orphans(command.record) if command.record else ():
+            say(f"ended pid {orphan}, which an earlier run had left behind")
+        status = _launch(command, preflight(command.server))
     except StartError as error:
         say(str(error))
         return error.status
@@ -985,7 +1099,7 @@ def main() -> int:
     os._exit(status)
 
 
-def _launch(policy: Policy, server: Server, address: Address | None) -> int:
+def _launch(command: Command, address: Address | None) -> int:
     parent = os.getppid()
     signals = Signals()
     prctl = _load_prctl()
@@ -997,19 +1111,27 @@ def _launch(policy: Policy, server: Server, address: Address | None) -> int:
         os.setpgid(0, 0)  # whoever kills our group must hit nobody but us
     family = Family(prctl)
     launcher = os.getpid()
+    if command.record:
+        write_record(command.record)
 
     def become() -> None:
         prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() == launcher:  # else it died before the line above
-            _execute(server.argv)
+            _execute(command)
 
     pid = signals.spawn(become)
-    window = Window(server, address, signals.fd)
-    return Launcher(pid, parent, policy, window, family, signals).run()
+    window = Window(command.server, address, signals.fd)
+    status = Launcher(pid, parent, command.policy, window, family, signals).run()
+    if command.record and status != EXIT_OS_ERROR:
+        clear_record(command.record)
+    return status
 
 
-def _execute(argv: tuple[str, ...]) -> None:
+def _execute(command: Command) -> None:
+    argv = command.server.argv
     environment = {"GGML_NO_BACKTRACE": "1", **os.environ}
+    if command.record:
+        environment[_MARK] = command.record
     try:
         os.execvpe(argv[0], argv, environment)  # noqa: S606 - no shell is the point
     except (OSError, ValueError) as error:
