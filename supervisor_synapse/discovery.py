@@ -248,6 +248,7 @@ def _surroundings(
     around = render.Surroundings(
         launcher=deployments.launcher_command(), engine=engine, stop=settings.stop,
         directory=str(deployment.prefix), log_folder=str(deployment.log),
+        run_folder=str(deployment.run),
     )  # fmt: skip
     render.require_safe(around)
     return around

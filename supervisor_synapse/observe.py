@@ -41,6 +41,9 @@ _MEMORY_SECONDS = 30.0
 _PATIENCE_MARGIN_SECONDS = 10.0  # a patient question outlives the verdict that it leads to
 _SLEEP_FLAG = "--sleep-idle-seconds"
 _DOZE_MARGIN_SECONDS = 1.0
+_LINGER_SECONDS = 1.0  # what is left of a run may go by itself for so long, then it is killed
+_GONE_SECONDS = 10.0
+_GONE_POLL_SECONDS = 0.02
 _MOST_QUICK = 16
 _MOST_PATIENT = 64
 _MOST_ASIDE = 4
@@ -83,15 +86,26 @@ class Watched:
     canary: asyncio.Task[None] | None = None
 
     def end(self) -> None:
-        """Ask no more; what is out ends with its deadline."""
+        """Ask no more; what is out comes to its own end."""
         for task in (self.tending, self.asking, self.canary):
             if task is not None:
                 task.cancel()
         self.prober.close()
 
 
+@dataclass(slots=True)
+class Leaving:
+    """A run that is over, until it is verified that nothing of it is left."""
+
+    incarnation: Incarnation
+    port: int
+    task: asyncio.Task[None] | None = None
+    is_over: bool = False
+    residue: str = ""
+
+
 class Observer:
-    """Watches every run that is up. For one event loop."""
+    """Watches every run that is up, and looks after those that are over. For one event loop."""
 
     def __init__(self, wake: Callable[[], None]) -> None:
         self._wake = wake
@@ -100,6 +114,7 @@ class Observer:
         self._aside = ThreadPoolExecutor(_MOST_ASIDE, "aside")
         self._policy = ProbePolicy()
         self._watched: dict[str, Watched] = {}
+        self._leaving: dict[str, Leaving] = {}
         self._endings: dict[str, tuple[int, Ending]] = {}
 
     def watched(self, name: str) -> Watched | None:
@@ -132,6 +147,9 @@ class Observer:
     def close(self) -> None:
         for watched in self._watched.values():
             watched.end()
+        for leaving in self._leaving.values():
+            if leaving.task is not None:
+                leaving.task.cancel()
         for pool in (self._quick, self._patient, self._aside):
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -144,6 +162,7 @@ class Observer:
             if process is None or incarnation_of(process) != watched.incarnation:
                 watched.end()
                 del self._watched[name]
+                self._verify(name, watched)
         for name in [name for name in self._endings if name not in found]:
             del self._endings[name]
 
@@ -165,12 +184,39 @@ class Observer:
         watched = Watched(incarnation, served, prober, live, now, _doze_seconds(words))
         watched.tending = asyncio.create_task(self._tend(program, process, watched))
         self._watched[program.name] = watched
+        self._leaving.pop(program.name, None)
 
     async def _await_first_answers(self) -> None:
         """A run that was never asked is judged only after a first answer, if that is quick."""
         first = [one.answered.wait() for one in self._watched.values() if not one.answered.is_set()]
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(asyncio.gather(*first), _FIRST_ANSWER_SECONDS)
+
+    def _verify(self, name: str, watched: Watched) -> None:
+        """Begin to look for what a run may have left behind."""
+        leaving = Leaving(watched.incarnation, watched.served.port)
+        leaving.task = asyncio.create_task(self._await_gone(name, leaving))
+        self._leaving[name] = leaving
+
+    async def _await_gone(self, name: str, leaving: Leaving) -> None:
+        """Its process group and its port; what will not go is killed, and then reported."""
+        begun = time.monotonic()
+        try:
+            while True:
+                left = await self._on(self._aside, processes.group_of, leaving.incarnation.pid)
+                seconds = time.monotonic() - begun
+                leaving.residue = _describe_left(left)
+                if not left or seconds > _GONE_SECONDS:
+                    break
+                if seconds > _LINGER_SECONDS:
+                    await self._on(self._aside, processes.kill_all, left)
+                await asyncio.sleep(_GONE_POLL_SECONDS)
+            if not leaving.residue:
+                leaving.residue = await self._on(self._aside, _still_listening, leaving.port)
+        except Exception:
+            _log.exception("cannot verify a stop", extra={"model": name})
+        leaving.is_over = True
+        self._wake()
 
     # --- questions --------------------------------------------------------------------------------
 
@@ -298,7 +344,7 @@ class Observer:
     # --- what was seen ----------------------------------------------------------------------------
 
     async def _see(self, program: Program, process: Process, wanted: Wanted) -> Seen:
-        watched = self._watched.get(program.name)
+        watched, leaving = self._watched.get(program.name), self._leaving.get(program.name)
         verdict, reason = Verdict.UNKNOWN, ""
         if watched is not None:
             verdict, reason = probes.judge(watched.live, time.monotonic(), self._policy)
@@ -309,6 +355,8 @@ class Observer:
             verdict_reason=reason, busy=bool(watched and slots_busy(watched)),
             ending=await self._ending(process), spawn_error=process.spawnerr,
             file_stamp=await self._file_stamp(program, process),
+            is_leaving=leaving is not None and not leaving.is_over,
+            residue=leaving.residue if leaving is not None else "",
         )  # fmt: skip
 
     async def _ending(self, process: Process) -> Ending | None:
@@ -354,6 +402,16 @@ def slots_busy(watched: Watched) -> int | None:
     if activity is None:
         return None
     return max(activity.busy - (watched.live.canary_at is not None), 0)
+
+
+def _describe_left(pids: Iterable[int]) -> str:
+    return ", ".join(f"pid {pid}" for pid in sorted(pids))
+
+
+def _still_listening(port: int) -> str:
+    """Who has the port now; a stranger may be quick."""
+    who = sockets.foreign_listener(port, 0)
+    return f"port {port} is listened on by {who}" if who else ""
 
 
 def _api_key(path: str | None) -> str | None:

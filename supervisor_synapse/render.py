@@ -49,6 +49,7 @@ class Surroundings:
     stop: StopPolicy
     directory: str
     log_folder: str
+    run_folder: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,8 @@ def require_safe(around: Surroundings) -> None:
     Raises:
         ConfigError: names the path.
     """
-    for path in (around.launcher[0], around.engine.path, around.directory, around.log_folder):
+    for path in (around.launcher[0], around.engine.path, around.directory, around.log_folder,
+                 around.run_folder):  # fmt: skip
         try:
             _plain(path)
         except ValueRefused as refused:
@@ -199,6 +201,7 @@ def _command(program: Program, around: Surroundings) -> tuple[str, ...]:
         *around.launcher,
         "--drain", str(around.stop.drain_seconds),
         "--term", str(around.stop.term_seconds),
+        "--record", _plain(f"{around.run_folder}/{program.name}.run"),
         "--", around.engine.path, "--model", program.model_path, *projector, *program.arguments,
     )  # fmt: skip
 

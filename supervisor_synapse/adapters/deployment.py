@@ -70,6 +70,10 @@ class Deployment:
         return self.lib / "intent.json"
 
     @property
+    def journal(self) -> Path:
+        return self.lib / "journal.json"
+
+    @property
     def state(self) -> Path:
         return self.lib / "state.json"
 
@@ -115,6 +119,10 @@ class Deployment:
     def block(self, name: str) -> Path:
         """The program block of a model."""
         return self.blocks / f"{name}.conf"
+
+    def record(self, name: str) -> Path:
+        """Names the run of a model while it lasts."""
+        return self.run / f"{name}.run"
 
     def log_file(self, name: str) -> Path:
         """What a model's launcher and server print."""

@@ -70,6 +70,29 @@ def _bytes_read(pid: int) -> int:
     return int(counters.read_bytes + getattr(counters, "read_chars", 0))
 
 
+def group_of(leader: int) -> frozenset[int]:
+    """Living members of the process group that `leader`, which was waited for, had led.
+
+    A number is not given away while a group has it, so what is left of a run is found by it; and
+    where it was given away, nothing was left.
+    """
+    if psutil.pid_exists(leader):
+        return frozenset()
+    members = set()
+    for pid in psutil.pids():
+        with contextlib.suppress(OSError, psutil.Error):
+            if os.getpgid(pid) == leader and _status(pid) != psutil.STATUS_ZOMBIE:
+                members.add(pid)
+    return frozenset(members)
+
+
+def kill_all(pids: frozenset[int]) -> None:
+    """SIGKILL; one that is gone, or changed its user, is passed over."""
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
+
+
 def kill_group(pid: int, parent: int) -> bool:
     """SIGKILL the process group that `pid` leads, if it still is the child of `parent`.
 

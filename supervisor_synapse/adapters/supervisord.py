@@ -88,6 +88,7 @@ class Request:
     id: str
     verb: str
     model: str
+    other: str = ""
 
 
 _T = TypeVar("_T")

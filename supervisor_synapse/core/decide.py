@@ -13,6 +13,8 @@ observation tells.
                          a good verdict                     ready
                          a bad verdict                      unhealthy → killed (one at a time)
     STOPPING             slots busy / idle                  draining / stopping
+    STOPPED, EXITED …    what is left of its run is looked  verifying
+                         for
     EXITED, FATAL        a retry cannot help                failed
                          the breaker is open                failed, until the cooldown is over
                          the wait is not over               backoff
@@ -65,6 +67,8 @@ class Seen:
     ending: Ending | None = None  # where the process has ended by itself
     spawn_error: str = ""
     file_stamp: int = 0  # changes when the model's file does
+    is_leaving: bool = False  # its last run is over, and what it left is being looked for
+    residue: str = ""  # what its last run left behind for good
 
     @property
     def is_fresh(self) -> bool:
@@ -95,6 +99,7 @@ class ModelState:
     is_out: bool = False  # a model that had been ready was taken out and is not back
     is_by_hand: bool = False  # started although it is not enabled
     resume: bool = False  # enabled by command since it was stopped
+    drain: bool = False  # to be stopped when it is idle
     moved_run: int = 0  # the failed run for which another port was asked for
 
 
@@ -195,6 +200,8 @@ def decide(
 
 def _judge(before: ModelState | None, seen: Seen, now: Now, policy: Policy) -> ModelState:
     state = _of_run(before or ModelState(), seen, now)
+    if seen.is_leaving and seen.incarnation is None:
+        return _in(replace(state, ready_at=None), Phase.VERIFYING, "its run is over")
     match seen.state:
         case ProcessState.STOPPED:
             was_disabled = before is not None and before.phase is Phase.DISABLED
@@ -227,7 +234,7 @@ def _of_run(state: ModelState, seen: Seen, now: Now) -> ModelState:
         started_at=_start_of(state, seen, now), ready_seconds=None, was_ready=False, ready_at=None,
         condemned=None, killed_at=None, moved_run=0, failed_run=0, phase=Phase.PENDING,
         is_by_hand=state.is_by_hand if _is_ours(state, now) else not seen.enabled,
-        retries=restarts.on_start(state.retries), resume=False,
+        retries=restarts.on_start(state.retries), resume=False, drain=False,
     )  # fmt: skip
 
 
@@ -259,10 +266,15 @@ def _said(state: ModelState, phase: Phase, reason: str) -> ModelState:
 def _at_rest(state: ModelState, seen: Seen) -> ModelState:
     state = replace(state, is_out=False, condemned=None, ready_at=None)
     if not seen.enabled and (seen.is_fresh or not state.is_by_hand):
-        return _said(state, Phase.DISABLED, seen.why)
+        return _said(state, Phase.DISABLED, _with_residue(seen.why, seen))
     if seen.enabled and (seen.is_fresh or state.resume):
         return _in(state, Phase.PENDING, "enabled; waits for a loading place")
-    return _in(state, Phase.STOPPED, "stopped by hand")
+    why = "drained" if state.drain else "stopped by hand"
+    return _in(state, Phase.STOPPED, _with_residue(why, seen))
+
+
+def _with_residue(reason: str, seen: Seen) -> str:
+    return f"{reason}; left behind: {seen.residue}" if seen.residue else reason
 
 
 def _running(state: ModelState, seen: Seen, now: Now, policy: Policy) -> ModelState:
@@ -298,6 +310,8 @@ def _ready(state: ModelState, now: Now, policy: Policy) -> ModelState:
         is_out=False,
         retries=restarts.after_healthy(state.retries, now.monotonic - ready_at, policy.restart),
     )  # fmt: skip
+    if state.drain:
+        return _in(ready, Phase.DRAINING, "stops when it is idle")
     when = "answers" if seconds is None else f"answered {seconds:.1f} s after its start"
     return _in(ready, Phase.READY, when)
 
@@ -315,6 +329,8 @@ def _stopping(state: ModelState, seen: Seen) -> ModelState:
 
 def _ended(state: ModelState, seen: Seen, now: Now, policy: Policy) -> ModelState:
     """Each end is judged once; then it is waited, or not, as the failure's class has it."""
+    if state.drain:
+        return _in(replace(state, is_out=False), Phase.STOPPED, "drained")
     if seen.run != state.failed_run:
         state = _failed(state, seen, now, policy)
     if not seen.enabled and not state.is_by_hand:
@@ -399,7 +415,9 @@ def _stops(seen: Sequence[Seen], after: dict[str, ModelState]) -> Iterable[Actio
         state = after[one.name]
         running = one.state in (ProcessState.RUNNING, ProcessState.STARTING)
         if running and not one.enabled and not state.is_by_hand:
-            yield Stop(one.name, "disabled")
+            yield Stop(one.name, one.why)
+        elif running and state.drain and state.phase is Phase.DRAINING and not one.busy:
+            yield Stop(one.name, "drained")
 
 
 def _kills(seen: Sequence[Seen], after: dict[str, ModelState], now: Now) -> Iterable[Action]:

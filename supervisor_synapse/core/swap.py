@@ -47,6 +47,8 @@ class Swap:
         if name not in (self.old, self.new):
             return None
         old_runs, new_runs = _RUNS[self.step]
+        if self.step is Step.OLD_LEAVES and not self.together:
+            new_runs = False  # there is no room for it before the old one is verified stopped
         return (old_runs and self.old_served) if name == self.old else new_runs
 
 
@@ -61,7 +63,7 @@ _RUNS = {
 
 _AT_REST = frozenset({Phase.STOPPED, Phase.DISABLED, Phase.FAILED})
 # A model that was asked to run and is here did not become ready.
-_DID_NOT_COME = frozenset({Phase.FAILED, Phase.BACKOFF, Phase.UNHEALTHY})
+_DID_NOT_COME = _AT_REST | {Phase.BACKOFF, Phase.UNHEALTHY}
 
 
 @dataclass(frozen=True, slots=True)

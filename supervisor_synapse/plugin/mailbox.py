@@ -26,6 +26,7 @@ class Command:
     id: str
     verb: str
     model: str
+    other: str = ""  # the second model, where there are two
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,7 @@ class Mailbox:
         self._waiting: OrderedDict[str, Command] = OrderedDict()
         self._answers: OrderedDict[str, Answer] = OrderedDict()
 
-    def post(self, verb: str, model: str) -> str:
+    def post(self, verb: str, model: str, other: str = "") -> str:
         """The id under which the answer will be found.
 
         Raises:
@@ -54,7 +55,7 @@ class Mailbox:
         """
         if len(self._waiting) >= _MOST_WAITING:
             raise Full
-        command = Command(f"{self._era}-{next(self._numbers)}", verb, model)
+        command = Command(f"{self._era}-{next(self._numbers)}", verb, model, other)
         self._waiting[command.id] = command
         return command.id
 

@@ -103,6 +103,26 @@ class SynapseNamespaceRPCInterface:
         """
         return self._command("disable", name)
 
+    def swap(self, old: str, new: str) -> str:
+        """Have one model take the place of another; without a moment between where both fit.
+
+        @param string old  the model that goes
+        @param string new  the model that comes
+        @return string     id of the command, for result(), which answers when all is done
+        """
+        if old == new:
+            raise RPCError(Faults.INCORRECT_PARAMETERS, "a model cannot take its own place")
+        self._require_model(new)
+        return self._command("swap", old, str(new))
+
+    def drain(self, name: str) -> str:
+        """Stop a model when it has nothing to do.
+
+        @param string name  a model
+        @return string      id of the command, for result()
+        """
+        return self._command("drain", name)
+
     def result(self, command: str) -> str:
         """What became of a command.
 
@@ -124,7 +144,7 @@ class SynapseNamespaceRPCInterface:
     def requests(self) -> str:
         """The commands that wait; for the listener.
 
-        @return string  JSON list of objects: `id`, `verb`, `model`
+        @return string  JSON list of objects: `id`, `verb`, `model`, `other`
         """
         return json.dumps([asdict(command) for command in self._board.mailbox.waiting()])
 
@@ -140,11 +160,14 @@ class SynapseNamespaceRPCInterface:
         self._board.mailbox.answer(str(command), answer)
         return True
 
-    def _command(self, verb: str, name: object) -> str:
+    def _require_model(self, name: object) -> None:
         if not isinstance(name, str) or not self._is_model(name):
             raise RPCError(Faults.BAD_NAME, "there is no such model")
+
+    def _command(self, verb: str, name: str, other: str = "") -> str:
+        self._require_model(name)
         try:
-            command = self._board.mailbox.post(verb, name)
+            command = self._board.mailbox.post(verb, name, other)
         except Full:
             raise RPCError(Faults.FAILED, "the listener takes no commands now") from None
         events.notify(events.RemoteCommunicationEvent("synapse", verb))  # wakes it
