@@ -258,6 +258,8 @@ class Observer:
             watched.live = replace(probes.on_unanswered(watched.live), activity=None)
             return
         watched.told_at = now
+        if watched.live.activity is None:  # that they stand still shows from now on
+            watched.live = replace(watched.live, moved_at=now)
         watched.live = probes.on_activity(watched.live, told.activity, now)
         if told.activity is not None and now - asked_at <= self._policy.timeout_seconds:
             watched.live = probes.on_health(watched.live, Health.READY, now)
