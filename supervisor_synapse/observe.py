@@ -12,6 +12,7 @@ import contextlib
 import logging
 import os
 import time
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -282,9 +283,12 @@ class Observer:
         watched.live = probes.on_canary_answer(watched.live, now, answered=answered)
 
     async def _measure(self, process: Process, watched: Watched) -> None:
-        """The memory of the run now and then; while it loads, whether anything grows."""
+        """The memory of the run now and then; while it loads, whether anything grows.
+
+        Also while it loads again after a sleep.
+        """
         now = time.monotonic()
-        ready = watched.live.was_ready
+        ready = watched.live.was_ready and watched.live.health is not Health.LOADING
         if now - watched.measured_at < (_MEMORY_SECONDS if ready else _FOOTPRINT_SECONDS):
             return
         watched.measured_at = now
@@ -327,7 +331,8 @@ class Observer:
     async def _file_stamp(self, program: Program, process: Process) -> int:
         if process.state not in _ENDED:
             return 0
-        return await self._on(self._aside, _stamp, program.model_path)
+        files = (program.model_path, *program.shards, program.projector_path or "")
+        return await self._on(self._aside, _stamp, files)
 
     async def _on(self, pool: Executor, function: Callable[[_A], _T], argument: _A) -> _T:
         return await asyncio.get_running_loop().run_in_executor(pool, function, argument)
@@ -385,13 +390,14 @@ def _size(path: str) -> int:
     return 0
 
 
-def _stamp(path: str) -> int:
-    """Changes when the file does; 0 where there is none."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return 0
-    return status.st_mtime_ns ^ (status.st_size << 1) ^ (status.st_ino << 2)
+def _stamp(paths: Iterable[str]) -> int:
+    """Changes when one of the files does, comes or goes."""
+    facts = []
+    for path in filter(None, paths):
+        with contextlib.suppress(OSError):
+            status = os.stat(path)
+            facts.append((path, status.st_mtime_ns, status.st_size, status.st_ino))
+    return zlib.crc32(repr(facts).encode())
 
 
 def _log_tail(path: Path) -> str:
