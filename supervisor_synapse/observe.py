@@ -12,6 +12,7 @@ import contextlib
 import logging
 import os
 import time
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -304,6 +305,8 @@ class Observer:
             watched.live = replace(probes.on_unanswered(watched.live), activity=None)
             return
         watched.told_at = now
+        if watched.live.activity is None:  # that they stand still shows from now on
+            watched.live = replace(watched.live, moved_at=now)
         watched.live = probes.on_activity(watched.live, told.activity, now)
         if told.activity is not None and now - asked_at <= self._policy.timeout_seconds:
             watched.live = probes.on_health(watched.live, Health.READY, now)
@@ -326,9 +329,12 @@ class Observer:
         watched.live = probes.on_canary_answer(watched.live, now, answered=answered)
 
     async def _measure(self, process: Process, watched: Watched) -> None:
-        """The memory of the run now and then; while it loads, whether anything grows."""
+        """The memory of the run now and then; while it loads, whether anything grows.
+
+        Also while it loads again after a sleep.
+        """
         now = time.monotonic()
-        ready = watched.live.was_ready
+        ready = watched.live.was_ready and watched.live.health is not Health.LOADING
         if now - watched.measured_at < (_MEMORY_SECONDS if ready else _FOOTPRINT_SECONDS):
             return
         watched.measured_at = now
@@ -373,7 +379,8 @@ class Observer:
     async def _file_stamp(self, program: Program, process: Process) -> int:
         if process.state not in _ENDED:
             return 0
-        return await self._on(self._aside, _stamp, program.model_path)
+        files = (program.model_path, *program.shards, program.projector_path or "")
+        return await self._on(self._aside, _stamp, files)
 
     async def _on(self, pool: Executor, function: Callable[[_A], _T], argument: _A) -> _T:
         return await asyncio.get_running_loop().run_in_executor(pool, function, argument)
@@ -441,13 +448,14 @@ def _size(path: str) -> int:
     return 0
 
 
-def _stamp(path: str) -> int:
-    """Changes when the file does; 0 where there is none."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return 0
-    return status.st_mtime_ns ^ (status.st_size << 1) ^ (status.st_ino << 2)
+def _stamp(paths: Iterable[str]) -> int:
+    """Changes when one of the files does, comes or goes."""
+    facts = []
+    for path in filter(None, paths):
+        with contextlib.suppress(OSError):
+            status = os.stat(path)
+            facts.append((path, status.st_mtime_ns, status.st_size, status.st_ino))
+    return zlib.crc32(repr(facts).encode())
 
 
 def _log_tail(path: Path) -> str:

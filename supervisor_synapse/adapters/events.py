@@ -19,6 +19,7 @@ _READY = b"READY\n"
 _DONE = b"RESULT 2\nOK"
 _LONGEST_HEADER = 4096
 _LONGEST_PAYLOAD = 4 * 1024 * 1024
+_MOST_DIGITS = 20  # int() refuses thousands of them with an error of its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,8 @@ def _parse_header(line: str) -> dict[str, str]:
 
 def _number(header: dict[str, str], key: str, largest: int) -> int:
     text = header.get(key, "")
-    if not text.isascii() or not text.isdigit() or int(text) > largest:
+    is_number = text.isascii() and text.isdigit() and len(text) <= _MOST_DIGITS
+    if not is_number or int(text) > largest:
         raise ProtocolError(f"an event header has {key}:{text[:40]!a}")
     return int(text)
 

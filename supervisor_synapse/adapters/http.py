@@ -10,11 +10,17 @@ from __future__ import annotations
 
 import json
 import re
+import socket
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import requests
+from requests.adapters import HTTPAdapter
+from urllib3.connection import HTTPConnection
+from urllib3.connectionpool import HTTPConnectionPool
 
 from supervisor_synapse.core.model import Health, Role
 from supervisor_synapse.core.probes import Activity
@@ -28,9 +34,11 @@ _HEALTH = {
     200: Health.READY, 503: Health.LOADING, _SILENT: Health.SILENT, _REFUSED: Health.REFUSED,
 }  # fmt: skip
 
-_METRIC = re.compile(r"^llamacpp:(\w+)(?:\{[^}]*\})? ([0-9.eE+-]+)$", re.MULTILINE)
-# Counters of llama-server's /metrics that move when something was computed.
-_MOVING_METRICS = ("n_decode_total", "prompt_tokens_total", "tokens_predicted_total")
+_METRIC = re.compile(r"^llamacpp:(\w+)(?:\{[^}\n]*\})? ([0-9.eE+-]+)$", re.MULTILINE)
+# Counters of llama-server's /metrics that move when something was computed. The first moves with
+# each batch; the others only when a request ends, so that they alone prove nothing.
+_DECODES = "n_decode_total"
+_MOVING_METRICS = (_DECODES, "prompt_tokens_total", "tokens_predicted_total")
 # The same in /slots; builds differ in what they show and where.
 _MOVING_SLOT_KEYS = frozenset(
     {
@@ -38,6 +46,8 @@ _MOVING_SLOT_KEYS = frozenset(
         "n_prompt_tokens_processed", "n_tokens",
     }
 )  # fmt: skip
+# Of these, some move while a request is worked on.
+_PROGRESS_SLOT_KEYS = frozenset({"n_decoded", "n_past", "n_prompt_tokens_processed", "n_tokens"})
 
 # What makes a model compute one token, by what it is for.
 _CANARIES: Mapping[Role, tuple[str, Mapping[str, object]]] = {
@@ -94,27 +104,29 @@ class Prober:
         return isinstance(props, dict) and props.get("is_sleeping") is True
 
     def activity(self) -> Told:
-        """What its slots do: one patient question to /metrics, or to /slots where that is off."""
-        status, body = self._get(self._patient, self._counters, self._patience_seconds)
-        if status not in (200, 503) and status >= 0 and self._counters == "/metrics":
+        """What its slots do: one patient question to /metrics, or to /slots where that is off or
+        does not tell.
+        """
+        told = self._told()
+        if told.answered and told.activity is None and self._counters == "/metrics":
             self._counters = "/slots"
-            status, body = self._get(self._patient, self._counters, self._patience_seconds)
+            told = self._told()
+        return told
+
+    def _told(self) -> Told:
+        status, body = self._get(self._patient, self._counters, self._patience_seconds)
         if status < 0 or status == 503:
             return Told(answered=False)
-        if status != 200:
-            return Told(answered=True)
         parse = parse_metrics if self._counters == "/metrics" else parse_slots
-        return Told(answered=True, activity=parse(body))
+        return Told(answered=True, activity=parse(body) if status == 200 else None)
 
     def canary(self, role: Role) -> bool:
         """Whether it answers when one token is asked for; whatever it answers, it computes or
         says why it does not.
         """
         path, body = _CANARIES.get(role, _COMPLETION)
-        question = requests.Request("POST", self.endpoint.url + path, json=body)
         # The counters may be asked for meanwhile: the session gives each its own connection.
-        prepared = self._patient.prepare_request(question)
-        status, _ = self._ask(self._patient, prepared, self._patience_seconds)
+        status, _ = self._ask(self._patient, "POST", path, self._patience_seconds, body)
         return status >= 0 and status != 503
 
     def close(self) -> None:
@@ -122,50 +134,95 @@ class Prober:
         self._patient.close()
 
     def _get(self, session: requests.Session, path: str, seconds: float) -> tuple[int, bytes]:
+        return self._ask(session, "GET", path, seconds)
+
+    def _prepare(
+        self, session: requests.Session, method: str, path: str, body: Mapping[str, object] | None
+    ) -> requests.PreparedRequest:
+        """Half of what a question costs, so once."""
         prepared = self._prepared.get(path)
-        if prepared is None:  # half of what a question costs, so once
-            question = requests.Request("GET", self.endpoint.url + path)
+        if prepared is None:
+            question = requests.Request(method, self.endpoint.url + path, json=body)
             prepared = self._prepared[path] = session.prepare_request(question)
-        return self._ask(session, prepared, seconds)
+        return prepared
 
     def _ask(
-        self, session: requests.Session, question: requests.PreparedRequest, seconds: float
+        self,
+        session: requests.Session,
+        method: str,
+        path: str,
+        seconds: float,
+        body: Mapping[str, object] | None = None,
     ) -> tuple[int, bytes]:
         """Status and body; a negative status for what is no answer."""
-        deadline = time.monotonic() + seconds
+        deadline = _thread.deadline = time.monotonic() + seconds
         timeouts = (min(self._timeout_seconds, seconds), seconds)  # to connect, to read
         try:
+            question = self._prepare(session, method, path, body)
             with session.send(
                 question, stream=True, allow_redirects=False, timeout=timeouts
             ) as answer:
-                return answer.status_code, _bounded_body(answer, deadline)
+                return answer.status_code, _bounded_body(answer)
         except requests.Timeout:
             return _SILENT, b""
-        except (requests.RequestException, OSError, ValueError):
-            return _REFUSED, b""
+        except (requests.RequestException, OSError, ValueError):  # also a body that came too slowly
+            return _SILENT if time.monotonic() >= deadline else _REFUSED, b""
 
 
 def _session(endpoint: Endpoint) -> requests.Session:
     session = requests.Session()
     session.trust_env = False
+    session.mount("http://", _Adapter())
     if endpoint.api_key is not None:
         session.headers["Authorization"] = f"Bearer {endpoint.api_key}"
     return session
 
 
-def _bounded_body(answer: requests.Response, deadline: float) -> bytes:
+def _bounded_body(answer: requests.Response) -> bytes:
     body = b""
     for piece in answer.iter_content(65536):
         body += piece
         if len(body) > _LARGEST_ANSWER_BYTES:
             break
-        if time.monotonic() > deadline:
-            raise requests.Timeout
     return body
 
 
+# --- one deadline for a whole answer, where requests has a timeout for each piece of it ----------
+
+_thread = threading.local()  # .deadline of the question that this thread asks
+
+
+class _Socket(socket.socket):
+    """Receives nothing after the deadline."""
+
+    def recv_into(self, *arguments: Any, **options: Any) -> int:
+        left_seconds = _thread.deadline - time.monotonic()
+        if left_seconds <= 0:
+            raise TimeoutError("the deadline is over")
+        self.settimeout(left_seconds)
+        return super().recv_into(*arguments, **options)
+
+
+class _Connection(HTTPConnection):
+    def connect(self) -> None:
+        super().connect()
+        plain = self.sock
+        self.sock = _Socket(fileno=plain.detach())
+        self.sock.settimeout(self.timeout)
+
+
+class _Pool(HTTPConnectionPool):
+    ConnectionCls = _Connection
+
+
+class _Adapter(HTTPAdapter):
+    def init_poolmanager(self, *arguments: Any, **options: Any) -> None:
+        super().init_poolmanager(*arguments, **options)
+        self.poolmanager.pool_classes_by_scheme = {"http": _Pool}
+
+
 def parse_metrics(body: bytes) -> Activity | None:
-    """llama-server's Prometheus text; None where it does not say how many requests it processes."""
+    """llama-server's Prometheus text; None where it does not say what it processes and decodes."""
     found = {}
     for name, value in _METRIC.findall(body.decode("utf-8", "replace")):
         try:
@@ -173,30 +230,33 @@ def parse_metrics(body: bytes) -> Activity | None:
         except (ValueError, OverflowError):
             continue
     busy = found.get("requests_processing")
-    if busy is None or busy < 0:
+    if busy is None or busy < 0 or _DECODES not in found:
         return None
     return Activity(busy, tuple(found.get(name, 0) for name in _MOVING_METRICS))
 
 
 def parse_slots(body: bytes) -> Activity | None:
-    """llama-server's list of slots; None where it is none."""
+    """llama-server's list of slots; None where it is none, or shows of a busy one no progress."""
     try:
         slots = json.loads(body)
     except (ValueError, RecursionError):
         return None
     if not isinstance(slots, list) or not all(isinstance(slot, dict) for slot in slots):
         return None
-    slots = slots[:_MOST_SLOTS]
-    busy = sum(slot.get("is_processing") is True for slot in slots)
-    return Activity(busy, tuple(count for slot in slots for count in _counts(slot)))
+    counters = [_counters(slot) for slot in slots[:_MOST_SLOTS]]
+    is_busy = [slot.get("is_processing") is True for slot in slots[:_MOST_SLOTS]]
+    for busy, found in zip(is_busy, counters, strict=True):
+        if busy and not any(key in _PROGRESS_SLOT_KEYS for key, _ in found):
+            return None
+    return Activity(sum(is_busy), tuple(value for found in counters for _, value in found))
 
 
-def _counts(slot: Mapping[str, object]) -> list[int]:
+def _counters(slot: Mapping[str, object]) -> list[tuple[str, int]]:
     """The moving counters of a slot, also those one level down (`next_token`)."""
     inner = slot.get("next_token")
     parts = [slot, *(inner if isinstance(inner, list) else [inner])]
     return [
-        value
+        (key, value)
         for part in parts
         if isinstance(part, dict)
         for key, value in part.items()

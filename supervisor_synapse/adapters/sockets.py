@@ -13,12 +13,14 @@ import psutil
 from supervisor_synapse.adapters import processes
 from supervisor_synapse.launcher import tcp_rows
 
+_ANY = frozenset({"0.0.0.0", "::"})  # noqa: S104 - looked for, not bound
 _LISTEN = 0x0A  # as /proc/net/tcp has it (net/tcp_states.h)
 
 
 def foreign_listener(port: int, pid: int) -> str:
-    """Who else than `pid` and its descendants listens on `port`; "" where nobody is known to.
+    """Who else than `pid` and its descendants answers on `port`; "" where nobody is known to.
 
+    A stranger with the same port of another address takes nothing from us.
     Other users' processes show their sockets on Linux, not their names; elsewhere they may be
     hidden altogether.
     """
@@ -45,16 +47,22 @@ def _foreign(port: int, ours: frozenset[int]) -> str:
     """By a look at every process there is, which takes long where there are many."""
     try:
         listeners = [
-            connection
-            for connection in psutil.net_connections(kind="tcp")
-            if connection.status == psutil.CONN_LISTEN and connection.laddr[1:2] == (port,)
+            (one.laddr.ip, one.pid)
+            for one in psutil.net_connections(kind="tcp")
+            if one.status == psutil.CONN_LISTEN and one.laddr and one.laddr.port == port
         ]
     except (psutil.Error, OSError):
         return ""  # not for us to see on this system: no evidence
-    for connection in listeners:
-        if connection.pid not in ours:
-            return _describe(connection.pid)
+    addresses = {address for address, pid in listeners if pid in ours}
+    for address, pid in listeners:
+        if pid not in ours and _is_rival(address, addresses):
+            return _describe(pid)
     return ""
+
+
+def _is_rival(address: str, ours: set[str]) -> bool:
+    """Whether who listens there may get what is meant for us: the most specific address wins."""
+    return not ours or address in ours or bool(ours & _ANY)
 
 
 def _describe(pid: int | None) -> str:

@@ -9,6 +9,7 @@ import signal
 import time
 import traceback
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 from supervisor.dispatchers import EventListenerStates
@@ -23,15 +24,16 @@ _SILENT_SECONDS = 5.0  # the listener gives a sign of life every 2 s
 class Watchdog:
     """Looks at the listener; one in each supervisord."""
 
-    def __init__(self, supervisord: Any) -> None:
+    def __init__(self, supervisord: Any, clock: Callable[[], float] = time.monotonic) -> None:
         # Weakly: what is known of a supervisord must not keep it alive beyond a reload.
         self._supervisord = weakref.proxy(supervisord)
         self._pid = 0
-        self._heard_at = self._ticked_at = time.monotonic()
+        self._clock = clock
+        self._heard_at = self._ticked_at = clock()
 
     def hear(self) -> None:
         """The listener gave a sign of life."""
-        self._heard_at = time.monotonic()
+        self._heard_at = self._clock()
 
     def on_tick(self, event: object) -> None:
         """Nothing may leave this: supervisord's loop is above."""
@@ -41,7 +43,7 @@ class Watchdog:
             self._supervisord.options.logger.critical(traceback.format_exc())
 
     def _look(self) -> None:
-        now = time.monotonic()
+        now = self._clock()
         between, self._ticked_at = now - self._ticked_at, now
         process = self._listener()
         if process is None or process.get_state() != ProcessStates.RUNNING:

@@ -171,7 +171,7 @@ class Handler(BaseHTTPRequestHandler):
             time.sleep(_POLL_SECONDS)
         batch = self.script["batch_seconds"]
         if batch and self.script["busy"]:
-            time.sleep(batch - self.script.age % batch)
+            time.sleep(batch - self.script.age % batch + _POLL_SECONDS)
 
     def _slots(self) -> list[dict[str, Any]]:
         working = {"is_processing": bool(self.script["busy"]), "id_task": 1}

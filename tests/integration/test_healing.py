@@ -91,7 +91,8 @@ def _undisturbed(deployment: Deployment, *but: str) -> Iterator[None]:
     yield
     assert before.items() <= ready().items()
     steps = [step for name in before for step in deployment.steps(name, since)]
-    assert not steps
+    forgot = [step for step in steps if (step["from"], step["to"]) == (None, "ready")]
+    assert steps == forgot, "all that may come is what a listener that remembers nothing finds"
 
 
 def _assert_no_duplicates(deployment: Deployment) -> None:
@@ -260,9 +261,9 @@ class _Crowd:
             half = socket.create_connection(("127.0.0.1", self._port))
             half.sendall(b"POST /completion HTTP/1.1\r\nHost: x\r\nContent-Le")
             self._halves.append(half)
-        self._ask("the river " * 2500, 64)
+        self._ask("the river " * 2500, 16)
         for _ in range(199):
-            self._ask("the road", 64)
+            self._ask("the road", 16)
         self._thread.start()
         return self
 
@@ -291,7 +292,7 @@ class _Crowd:
                 self._selector.unregister(key.fileobj)
                 key.fileobj.close()
                 self.answered += answer.startswith(b"HTTP/1.1 200")
-                self._ask("the road", 64)
+                self._ask("the road", 16)
 
 
 # --- the listener --------------------------------------------------------------------------------
@@ -410,7 +411,7 @@ def test_on_a_full_disk_the_fleet_goes_on(fleet: Deployment) -> None:
 
             def is_back() -> bool:
                 model = fleet.model("full")
-                return model["phase"] == "ready" and model["pid"] != before["pid"]
+                return model["phase"] == "ready" and model["pid"] not in (0, before["pid"])
 
             wait_until(is_back, 15, "ready again")
             wait_until(lambda: _warns_of_state(log, said), 10, "the log says so")
@@ -619,7 +620,8 @@ def test_a_model_that_cannot_work_fails_at_once_and_is_not_tried_again(
     assert failed["when"] - begun[0] <= 3
     assert failed["class"] == BAD[name]
     assert failed["evidence"]
-    assert holds_for(lambda: at.steps(name, failed["when"])[1:] == [], 3)
+    left_seconds = failed["when"] + 3 - time.time()
+    assert holds_for(lambda: at.steps(name, failed["when"])[1:] == [], left_seconds)
     assert len([step for step in steps if step["to"] == "loading"]) <= 1
     model = at.model(name)
     assert (model["phase"], model["last_failure"]["class"]) == ("failed", BAD[name])
@@ -767,7 +769,7 @@ def test_a_load_in_which_nothing_moves_is_found(scripted: Scripted) -> None:
     found = at.wait_for_step("stuck-load", scripted.since, 30, out_of="loading")
     start, _, _ = scripted.script.starts("stuck-load")[0]
     assert found["when"] - start >= 9.5
-    wait_until(lambda: len(scripted.script.starts("stuck-load")) == 2, 15, "another start")
+    wait_until(lambda: len(scripted.script.starts("stuck-load")) > 1, 15, "another start")
 
 
 def test_batches_slower_than_any_timeout_are_no_fault(scripted: Scripted) -> None:

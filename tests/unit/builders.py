@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from supervisor_synapse.core.catalog import FoundFile, Model
-from supervisor_synapse.core.decide import Seen
 from supervisor_synapse.core.model import (
     Device,
     Engine,
@@ -131,15 +130,6 @@ def world(**changes: Any) -> World:
 def section(glob: str, **said: Any) -> ModelRule:
     """What a `[model:glob]` section says."""
     return ModelRule(glob, ModelSettings(**said), frozenset(said))
-
-
-def seen(name: str = "a", **changes: Any) -> Seen:
-    """An enabled model that was never started."""
-    values: dict[str, Any] = {
-        "name": name, "enabled": True, "state": ProcessState.STOPPED, "incarnation": None,
-        "fresh": True,
-    }  # fmt: skip
-    return Seen(**(values | changes))
 
 
 def run(number: int) -> Incarnation:

@@ -119,6 +119,7 @@ class World:
         model.began, model.sick, model.ending, model.was_ready = self.monotonic, None, None, False
         if not model.spawns:
             model.state = ProcessState.FATAL
+            model.ends_since_out += 1
             return
         self._pids += 1
         model.pid, model.state = self._pids, ProcessState.RUNNING

@@ -77,7 +77,7 @@ def test_the_launchers_refusal_is_not_read_from_a_files_name(name: str) -> None:
 
 
 def test_an_abort_without_a_word_while_loading_is_out_of_memory() -> None:
-    """Seen with Vulkan: status −6, and nothing in the log."""
+    """Seen with Vulkan: status 134, and nothing in the log."""
     assert classify(Ending(128 + 6, f"{START}\n{LOADS}"))[0] is FailureClass.OUT_OF_MEMORY
 
 

@@ -25,7 +25,7 @@ from supervisor_synapse.core.model import Health, Role
 from supervisor_synapse.core.probes import Activity
 from tests.unit.scripted import Script, by_path, dribble, http, on_loopback, raw, silence
 
-TIMEOUT_SECONDS = 0.3
+TIMEOUT_SECONDS = 0.15
 SLACK_SECONDS = 0.7  # this machine may be busy
 MIB = 1024 * 1024
 
@@ -191,8 +191,8 @@ def test_no_more_than_a_little_over_a_mebibyte_is_read() -> None:
 
 
 def test_a_small_body_that_unpacks_to_a_huge_one_is_cut_off() -> None:
-    """One mebibyte on the wire, one gibibyte unpacked."""
-    packed = gzip.compress(b"\0" * (256 * MIB), compresslevel=9)
+    """64 KiB on the wire, 64 MiB unpacked."""
+    packed = gzip.compress(b"\0" * (64 * MIB), compresslevel=9)
     bomb = http(200, packed, "Content-Encoding: gzip")
     with asking(bomb, patience=5.0) as (prober, _), within(1.0):
         assert prober.activity().activity is None
@@ -288,7 +288,7 @@ def test_a_silent_answer_leaves_nothing_behind_for_the_next_question() -> None:
 def test_questions_of_two_kinds_do_not_wait_for_each_other() -> None:
     """/metrics blocks while /health answers: the patient one is out meanwhile."""
     script = by_path(health=http(200), metrics=silence())
-    with asking(script, patience=1.5) as (prober, _):
+    with asking(script, patience=0.7) as (prober, _):
         asked = threading.Thread(target=prober.activity)
         asked.start()
         with within(TIMEOUT_SECONDS):
@@ -343,8 +343,7 @@ def test_metrics_that_would_stand_still_during_a_long_request_are_not_relied_on(
     """An older build counts tokens only when a request ends; its slots show more."""
     with asking(by_path(metrics=http(200, metrics), slots=http(200, SLOTS))) as (prober, _):
         told = prober.activity()
-    assert told.activity is not None
-    assert told.activity.busy == 1
+    assert told.activity == parse_slots(SLOTS)
 
 
 @pytest.mark.parametrize("status", [501, 404, 401, 403])

@@ -1,0 +1,90 @@
+"""Commands on their way to the listener: none is lost, none piles up."""
+
+from __future__ import annotations
+
+import pytest
+
+from supervisor_synapse.plugin.mailbox import Answer, Full, Mailbox
+
+DONE = Answer(True, "a: enabled")
+
+
+def _post_many(box: Mailbox) -> None:
+    for _ in range(10_000):
+        box.post("enable", "a")
+
+
+def test_a_command_waits_until_it_is_answered() -> None:
+    """A listener that dies over it finds it again."""
+    box = Mailbox()
+    command = box.post("enable", "a")
+    for _ in range(2):
+        (waiting,) = box.waiting()
+        assert (waiting.id, waiting.verb, waiting.model) == (command, "enable", "a")
+    assert box.answer_to(command) is None
+    box.answer(command, DONE)
+    assert box.waiting() == []
+    assert box.answer_to(command) == DONE
+
+
+def test_an_answer_can_be_read_again() -> None:
+    """Whoever asked may have lost the first."""
+    box = Mailbox()
+    command = box.post("enable", "a")
+    box.answer(command, DONE)
+    assert box.answer_to(command) == box.answer_to(command) == DONE
+
+
+def test_the_oldest_comes_first() -> None:
+    box = Mailbox()
+    posted = [box.post("enable", name) for name in "abc"]
+    box.answer(posted[0], DONE)
+    posted.append(box.post("disable", "a"))
+    assert [command.id for command in box.waiting()] == posted[1:]
+
+
+def test_the_first_answer_holds() -> None:
+    """A command may be carried out twice."""
+    box = Mailbox()
+    command = box.post("enable", "a")
+    box.answer(command, DONE)
+    box.answer(command, Answer(False, "too late"))
+    assert box.answer_to(command) == DONE
+
+
+def test_an_answer_to_nothing_is_forgotten() -> None:
+    box = Mailbox()
+    box.answer("nobody-1", DONE)
+    assert not box.is_known("nobody-1")
+    assert box.answer_to("nobody-1") is None
+
+
+def test_ids_do_not_repeat_even_from_one_supervisord_to_the_next() -> None:
+    boxes = [Mailbox() for _ in range(20)]
+    ids = [box.post("enable", "a") for box in boxes for _ in range(3)]
+    assert len(set(ids)) == len(ids)
+    assert not boxes[0].is_known(ids[-1])
+    assert all(command.isascii() for command in ids)
+
+
+def test_where_nobody_takes_commands_they_are_refused() -> None:
+    """And taken again when there is room."""
+    box = Mailbox()
+    first = box.post("enable", "a")
+    with pytest.raises(Full):
+        _post_many(box)
+    assert len(box.waiting()) < 1000
+    box.answer(first, DONE)
+    assert box.post("enable", "b")
+
+
+def test_old_answers_are_forgotten_before_new_ones() -> None:
+    """Memory inside supervisord is bounded."""
+    box = Mailbox()
+    posted = []
+    for _ in range(5000):
+        posted.append(box.post("enable", "a"))
+        box.answer(posted[-1], DONE)
+    known = [command for command in posted if box.is_known(command)]
+    assert known == posted[-len(known) :]
+    assert 100 <= len(known) <= 2000
