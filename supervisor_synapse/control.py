@@ -17,17 +17,19 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import TypeVar
 
 from supervisor_synapse import effects
-from supervisor_synapse.adapters import history, intent, processes, registry, states
+from supervisor_synapse.adapters import engine as engines
+from supervisor_synapse.adapters import history, processes, registry, states, store
 from supervisor_synapse.adapters.deployment import Deployment
 from supervisor_synapse.adapters.events import Connection, Event
+from supervisor_synapse.adapters.gpu import cpu
 from supervisor_synapse.adapters.registry import Registry
-from supervisor_synapse.adapters.supervisord import Request, Supervisord
+from supervisor_synapse.adapters.supervisord import Supervisord
+from supervisor_synapse.commands import Answer
 from supervisor_synapse.core.decide import (
     Decision,
     ModelState,
@@ -39,7 +41,7 @@ from supervisor_synapse.core.decide import (
 )
 from supervisor_synapse.core.model import Phase, Program, Row, Snapshot
 from supervisor_synapse.errors import ShuttingDown, TransientError
-from supervisor_synapse.observe import Observer, Wanted, Watched, planned, slots_busy, url_of
+from supervisor_synapse.observe import Observer, Watched, planned, slots_busy, url_of
 
 _RPC_TIMEOUT_SECONDS = 5.0
 _IDLE_TICK_SECONDS = 1.0
@@ -86,11 +88,12 @@ class Listener:
         self._end: str | None = None
         self._world = _World()
         self._boot = states.boot_id()
-        self._states: Mapping[str, ModelState] = _load(
+        self._states: Mapping[str, ModelState] = store.load_state(
             deployment.state, partial(states.load, boot=self._boot)
         )
         self._saved: Mapping[str, ModelState] = self._states
-        self._intent = _load(deployment.intent, intent.load)
+        self._commands = Commands(deployment, self._fits)
+        self._states = self._commands.take_up(self._states)
         self._published: tuple[float, tuple[Row, ...] | None] = (0.0, None)
         self._has_requests = True  # perhaps, from before
         self._looked_at = time.monotonic()
@@ -103,7 +106,6 @@ class Listener:
             lambda: Connection(self._stdout, self._on_event, self._on_end), stdin
         )
         _log.info("listening", extra={"prefix": str(self._deployment.prefix)})
-        self._tell_set_aside()
         while self._end is None:
             self._wake.clear()
             await self._turn()
@@ -111,13 +113,6 @@ class Listener:
                 await asyncio.wait_for(self._wake.wait(), self._pause())
         self._observer.close()
         _log.info("ended", extra={"reason": self._end})
-
-    def _tell_set_aside(self) -> None:
-        """Once, when it matters: what could not be read was begun anew."""
-        for path in (self._deployment.state, self._deployment.intent):
-            aside = path.with_name(path.name + ".corrupt")
-            if aside.exists() and not path.exists():
-                _log.warning("state set aside", extra={"file": str(aside)})
 
     def _on_event(self, event: Event) -> None:
         if event.name == "SUPERVISOR_STATE_CHANGE_STOPPING":
@@ -132,7 +127,9 @@ class Listener:
 
     def _pause(self) -> float:
         """A little uneven, so that many listeners do not beat in step."""
-        under_way = any(state.phase in _UNDER_WAY for state in self._states.values())
+        under_way = self._commands.is_swapping or any(
+            state.phase in _UNDER_WAY for state in self._states.values()
+        )
         pause = _BUSY_TICK_SECONDS if under_way else _IDLE_TICK_SECONDS
         return pause * random.uniform(0.9, 1.1)  # noqa: S311 - not a secret
 
@@ -185,48 +182,56 @@ class Listener:
     async def _observe(self) -> list[Seen]:
         found = {process.name: process for process in await self._call(self._rpc.process_table)}
         programs = self._world.registry.programs
-        wanted = {program.name: self._wanted(program) for program in programs}
+        wanted = {program.name: self._commands.wanted(program) for program in programs}
         policy = self._world.registry.settings.probe
         return await self._observer.look(programs, found, wanted, self._states, policy)
-
-    def _wanted(self, program: Program) -> Wanted:
-        """What was commanded last wins over what discovery chose."""
-        commanded = self._intent.get(program.name)
-        if commanded is None:
-            return Wanted(program.enabled, program.reason)
-        return Wanted(commanded, "enabled by command" if commanded else "disabled by command")
 
     # --- commands ---------------------------------------------------------------------------------
 
     async def _heed_requests(self) -> None:
         """Carry out what was asked through XML-RPC, and answer; each command may come twice."""
+        programs = {program.name: program for program in self._world.registry.programs}
+        await self._advance_swaps(programs)
         if not self._has_requests:
             return
         self._has_requests = False
         for request in await self._call(self._rpc.requests):
-            ok, message = await self._heed(request)
-            _log.info("request", extra={"verb": request.verb, "model": request.model,
-                                        "answer": message})  # fmt: skip
-            await self._call(partial(self._rpc.answer, request.id, ok, message))
+            self._states, answer = await self._to_disk(
+                partial(self._commands.heed, request, self._states, programs)
+            )
+            if answer is not None:
+                await self._answer(answer)
 
-    async def _heed(self, request: Request) -> tuple[bool, str]:
-        if request.verb not in ("enable", "disable"):
-            return False, f"{request.verb}: this listener knows no such command"
-        names = {program.name for program in self._world.registry.programs}
-        if request.model not in names:
-            return False, f"{request.model}: there is no such model"
-        enable = request.verb == "enable"
-        wish = {**self._intent, request.model: enable}
-        kept = {name: value for name, value in wish.items() if name in names}
+    async def _advance_swaps(self, programs: Mapping[str, Program]) -> None:
+        if not self._commands.is_swapping:
+            return
         try:
-            await self._to_disk(partial(intent.save, self._deployment.intent, kept))
+            self._states, answers = await self._to_disk(
+                partial(self._commands.advance, self._states, programs)
+            )
         except OSError as error:
-            return False, f"{request.model}: cannot write it down: {error.strerror}"
-        self._intent = kept
-        state = self._states.get(request.model, ModelState())
-        changed = replace(state, resume=enable, is_by_hand=False)
-        self._states = {**self._states, request.model: changed}
-        return True, f"{request.model}: {request.verb}d"
+            self._complain("journal not written", error)
+            return
+        for answer in answers:
+            self._has_requests = True  # those that waited for the end of it
+            await self._answer(answer)
+
+    async def _answer(self, answer: Answer) -> None:
+        _log.info("command", extra={"ok": answer.ok, "answer": answer.message})
+        await self._call(partial(self._rpc.answer, answer.command, answer.ok, answer.message))
+
+    def _fits(self, program: Program) -> bool:
+        """Whether a program finds memory beside all that runs now. It may look for a while."""
+        settings = self._world.registry.settings
+        host = cpu.read()
+        devices = (host,) if program.device == host.name else engines.devices(
+            engines.find(settings.engine)
+        )  # fmt: skip
+        for device in devices:
+            if device.name == program.device:
+                left = device.free_bytes - settings.memory_reserve.of(device.total_bytes)
+                return program.estimate_bytes <= left
+        return False
 
     # --- act and tell -----------------------------------------------------------------------------
 
@@ -307,15 +312,6 @@ class Listener:
     async def _to_disk(self, function: Callable[[], _T]) -> _T:
         """On the one thread that writes: a slow disk delays no start."""
         return await asyncio.get_running_loop().run_in_executor(self._disk_thread, function)
-
-
-def _load(path: Path, load: Callable[[Path], _T]) -> _T:
-    """What is remembered in a file; that it was torn, and so set aside, is said."""
-    was_there = path.exists()
-    found = load(path)
-    if was_there and not path.exists():
-        _log.warning("state was torn and is set aside", extra={"path": f"{path}.corrupt"})
-    return found
 
 
 def _now() -> Now:

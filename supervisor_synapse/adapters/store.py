@@ -9,14 +9,19 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 from supervisor_synapse.errors import TransientError
+
+_log = logging.getLogger("synapse")
+
+_T = TypeVar("_T")
 
 _LARGEST_STATE_BYTES = 64 * 1024 * 1024
 
@@ -77,6 +82,15 @@ def read_json(path: Path) -> object | None:
     if value is None:
         _set_aside_same(path, info)
     return value
+
+
+def load_state(path: Path, load: Callable[[Path], _T]) -> _T:
+    """What is remembered in a file; that it was torn, and so set aside, is said."""
+    was_there = path.exists()
+    found = load(path)
+    if was_there and not path.exists():
+        _log.warning("state was torn and is set aside", extra={"path": f"{path}.corrupt"})
+    return found
 
 
 def _bounded(file: BinaryIO) -> bytes:

@@ -21,6 +21,7 @@ from supervisor_synapse.errors import TransientError
 
 _STALE_SECONDS = 10.0  # the listener gives a sign of life every 2 s
 _ANSWER_SECONDS = 15.0  # a listener that was just restarted takes a few
+_SWAP_SECONDS = 3600.0  # a large model loads from a slow disk, after a long drain
 _POLL_SECONDS = 0.05
 _LOOK = "Look at `status synapse` and var/log/synapse.log."
 
@@ -28,7 +29,7 @@ _Say = Callable[[str], None]
 
 
 class SynapseControllerPlugin(ControllerPluginBase):  # type: ignore[misc]  # untyped base
-    """Adds `models`, `enable` and `disable` to supervisorctl."""
+    """Adds `models`, `enable`, `disable`, `drain` and `swap` to supervisorctl."""
 
     name = "synapse"
 
@@ -68,6 +69,27 @@ class SynapseControllerPlugin(ControllerPluginBase):  # type: ignore[misc]  # un
             "disable NAME ...\tStop models, and keep them stopped also after a restart."
         )
 
+    def do_drain(self, arg: str) -> None:
+        self._command("drain", arg)
+
+    def help_drain(self) -> None:
+        self.ctl.output("drain NAME ...\t\tStop models when they have nothing to do.")
+
+    def do_swap(self, arg: str) -> None:
+        names = arg.split()
+        if len(names) != 2:
+            self.ctl.output("Error: swap requires the names of two models")
+            self.help_swap()
+            self.ctl.exitstatus = LSBInitExitStatuses.INVALID_ARGS
+            return
+        old, new = names
+        command = self._ask("swap", self.ctl.output, old, new, about=f"swap {old} {new}")
+        if command is not None:
+            self._await_result(f"swap {old} {new}", command, _SWAP_SECONDS)
+
+    def help_swap(self) -> None:
+        self.ctl.output("swap OLD NEW\t\tHave NEW take the place of OLD; OLD is drained.")
+
     def _command(self, verb: str, arg: str) -> None:
         """Give a command for each name; say what became of it."""
         names = arg.split()
@@ -79,10 +101,10 @@ class SynapseControllerPlugin(ControllerPluginBase):  # type: ignore[misc]  # un
         for name in names:
             command = self._ask(verb, self.ctl.output, name, about=name)
             if command is not None:
-                self._await_result(name, command)
+                self._await_result(name, command, _ANSWER_SECONDS)
 
-    def _await_result(self, name: str, command: str) -> None:
-        deadline = time.monotonic() + _ANSWER_SECONDS
+    def _await_result(self, name: str, command: str, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             text = self._ask("result", self.ctl.output, command, about=name)
             if text is None:
