@@ -29,7 +29,7 @@ from supervisor_synapse.adapters.events import Connection, Event
 from supervisor_synapse.adapters.gpu import cpu
 from supervisor_synapse.adapters.registry import Registry
 from supervisor_synapse.adapters.supervisord import Supervisord
-from supervisor_synapse.commands import Answer
+from supervisor_synapse.commands import Answer, Commands
 from supervisor_synapse.core.decide import (
     Decision,
     ModelState,
