@@ -279,6 +279,7 @@ def _with_residue(reason: str, seen: Seen) -> str:
 
 def _running(state: ModelState, seen: Seen, now: Now, policy: Policy) -> ModelState:
     """Startup, then readiness, then liveness; no evidence changes nothing."""
+    state = replace(state, resume=False)  # it runs: whoever stops it from now on is heeded
     match seen.verdict:
         case Verdict.UNKNOWN | Verdict.MISSED:
             if state.phase in (Phase.READY, Phase.UNHEALTHY, Phase.LOADING):
