@@ -103,7 +103,6 @@ class Listener:
             lambda: Connection(self._stdout, self._on_event, self._on_end), stdin
         )
         _log.info("listening", extra={"prefix": str(self._deployment.prefix)})
-        self._tell_set_aside()
         while self._end is None:
             self._wake.clear()
             await self._turn()
@@ -111,13 +110,6 @@ class Listener:
                 await asyncio.wait_for(self._wake.wait(), self._pause())
         self._observer.close()
         _log.info("ended", extra={"reason": self._end})
-
-    def _tell_set_aside(self) -> None:
-        """Once, when it matters: what could not be read was begun anew."""
-        for path in (self._deployment.state, self._deployment.intent):
-            aside = path.with_name(path.name + ".corrupt")
-            if aside.exists() and not path.exists():
-                _log.warning("state set aside", extra={"file": str(aside)})
 
     def _on_event(self, event: Event) -> None:
         if event.name == "SUPERVISOR_STATE_CHANGE_STOPPING":
