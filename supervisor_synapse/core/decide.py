@@ -267,6 +267,7 @@ def _at_rest(state: ModelState, seen: Seen) -> ModelState:
 
 def _running(state: ModelState, seen: Seen, now: Now, policy: Policy) -> ModelState:
     """Startup, then readiness, then liveness; no evidence changes nothing."""
+    state = replace(state, resume=False)  # it runs: whoever stops it from now on is heeded
     match seen.verdict:
         case Verdict.UNKNOWN | Verdict.MISSED:
             if state.phase in (Phase.READY, Phase.UNHEALTHY, Phase.LOADING):
