@@ -1125,3 +1125,13 @@ def test_however_a_model_crashes_it_starts_no_oftener_than_the_breaker_allows(
         for first in ran:
             within = [at for at in ran if first <= at < first + restart.period_seconds - 5.0]
             assert len(within) <= restart.intensity + 1
+
+
+def test_a_model_enabled_while_it_runs_stays_stopped_when_it_is_stopped_later() -> None:
+    """`enable` asks for a start now, and is not a licence to undo a later stop."""
+    world = World().ready()
+    world.enable("a")
+    world.tick()
+    world.stop("a")
+    world.run(30.0)
+    assert world.phase() is Phase.STOPPED
