@@ -2,7 +2,8 @@
 
 Everything here is called from one thread at a time and takes and gives the listener's states as
 values. A command is answered when it is carried out; one that concerns a model that is being
-swapped waits for the end of that, so the last one asked has the last word.
+swapped waits for the end of that, and those after it that concern the same models wait behind it,
+so the last one asked has the last word.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from supervisor_synapse.core import swap as swaps
 from supervisor_synapse.core.decide import ModelState
 from supervisor_synapse.core.model import Phase, Program
 from supervisor_synapse.core.swap import Outcome, Swap
+from supervisor_synapse.errors import SynapseError
 from supervisor_synapse.observe import Wanted
 
 States = Mapping[str, ModelState]
@@ -28,6 +30,8 @@ _NOT_SERVING = frozenset(
         Phase.VERIFYING,
     }
 )  # fmt: skip
+_AT_REST = frozenset({Phase.DISABLED, Phase.STOPPED, Phase.FAILED})
+_MOST_ENDED = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +51,10 @@ class Commands:
         self._fits = fits
         self._intent: Mapping[str, bool] = store.load_state(deployment.intent, intent.load)
         self._swaps = store.load_state(deployment.journal, journal.load)
+        self._waiting: dict[str, frozenset[str]] = {}  # the models of commands that wait, by id
+        self._ended: dict[str, Answer] = {}  # of swaps: the answer may get lost on its way
+        self._handed_out: States | None = None
+        self._taken_up: States | None = None
 
     @property
     def is_swapping(self) -> bool:
@@ -68,17 +76,40 @@ class Commands:
         return Wanted(commanded, "enabled by command" if commanded else "disabled by command")
 
     def take_up(self, states: States) -> States:
-        """The swaps that an earlier listener left; what a step wants is asked for again."""
+        """The swaps that an earlier listener left; what a step wants is asked for again.
+
+        But not of a model that was seen on its way since: who stopped it then is heeded.
+        """
         for swap in self._swaps:
-            states = _asked(states, swap)
+            for name in (swap.old, swap.new):
+                if not swap.wants(name) or _phase(states, name) in _AT_REST:
+                    states = _ask(states, swap, name)
+        self._taken_up = states
+        return self._hand_out(states)
+
+    def _hand_out(self, states: States) -> States:
+        self._handed_out = states
         return states
 
     def heed(
         self, request: Request, states: States, programs: Programs
     ) -> tuple[States, Answer | None]:
-        """Carry a command out, as if it might come twice; None: its answer comes later."""
+        """Carry a command out, as if it might come twice; None: its answer comes later.
+
+        As long as nobody has looked at the models, all commands wait.
+        """
+        if states is self._taken_up:
+            return states, None
+        states, answer = self._heed(request, states, programs)
+        return self._hand_out(states), answer
+
+    def _heed(
+        self, request: Request, states: States, programs: Programs
+    ) -> tuple[States, Answer | None]:
+        if request.id in self._ended:
+            return states, self._ended[request.id]
         names = [name for name in (request.model, request.other) if name]
-        if any(swap.wants(name) is not None for swap in self._swaps for name in names):
+        if self._must_wait(request.id, names):
             return states, None
         unknown = next((name for name in names if name not in programs), None)
         if unknown is not None:
@@ -88,6 +119,21 @@ class Commands:
         except OSError as error:
             message = f"{request.model}: cannot write it down: {error.strerror}"
             return states, Answer(request.id, False, message)
+
+    def _must_wait(self, command: str, names: list[str]) -> bool:
+        """For the end of a swap, its own included, or for an earlier command that waits."""
+        if any(swap.command == command for swap in self._swaps):
+            return True
+        taken = {name for swap in self._swaps for name in (swap.old, swap.new)}
+        for earlier, others in self._waiting.items():
+            if earlier == command:
+                break
+            taken |= others
+        if taken.isdisjoint(names):
+            self._waiting.pop(command, None)
+            return False
+        self._waiting[command] = frozenset(names)
+        return True
 
     def _carry_out(
         self, request: Request, states: States, programs: Programs
@@ -102,7 +148,7 @@ class Commands:
             case "drain":
                 if _phase(states, name) in _NOT_SERVING:
                     return states, Answer(request.id, False, f"{name}: does not run")
-                states = _with(states, name, drain=True)
+                states = _with(states, name, drain=True, resume=False)
                 return states, Answer(request.id, True, f"{name}: stops when it is idle")
             case "swap":
                 return self._begin_swap(request, states, programs)
@@ -112,42 +158,94 @@ class Commands:
         self, request: Request, states: States, programs: Programs
     ) -> tuple[States, Answer | None]:
         old, new = request.model, request.other
+        if old == new or not new:
+            return states, Answer(request.id, False, f"{old}: a model cannot take its own place")
         runs = _phase(states, new) not in _NOT_SERVING
         swap = swaps.begin(
-            request.id, old, new, together=runs or self._fits(programs[new]),
-            old_served=_phase(states, old) not in _NOT_SERVING,
+            request.id, old, new, together=runs or self._has_room(programs[new]),
+            old_served=_serves(states, old),
         )  # fmt: skip
         self._save_swaps((*self._swaps, swap))
-        return _asked(states, swap), None
+        for name in (old, new):
+            states = _ask(states, swap, name)
+        return states, None
+
+    def _has_room(self, program: Program) -> bool:
+        """Where it cannot be told, there is none."""
+        try:
+            return self._fits(program)
+        except SynapseError:
+            return False
 
     def advance(self, states: States, programs: Programs) -> tuple[States, list[Answer]]:
         """Take each swap as far as the world has come; the answers of those that are over.
 
+        Only by states that were decided since the last call: a look may fail, and the states as
+        they were handed out do not yet say what became of what was asked. Nor without a registry.
+
         Raises:
             OSError: a step could not be written down; it is tried again.
         """
-        answers = []
+        if states is self._handed_out or not programs:
+            return states, []
+        answers: list[Answer] = []
+        problem: OSError | None = None
+        before = states
         for swap in self._swaps:
-            phases = {name: state.phase for name, state in states.items() if name in programs}
-            reasons = {name: state.reason for name, state in states.items()}
-            result = swaps.advance(swap, phases, reasons)
-            if isinstance(result, Outcome):
-                states = self._end_swap(swap, result, states, programs)
-                answers.append(Answer(swap.command, result.ok, result.message))
-            elif result is not swap:
-                self._save_swaps([result if one is swap else one for one in self._swaps])
-                states = _asked(states, result)
-        return states, answers
+            states = _kept_from_running(states, swap)
+            try:
+                states, answer = self._advance_one(swap, states, programs)
+            except OSError as error:
+                problem = error  # what has become of the others is not lost for that
+                continue
+            if answer is not None:
+                answers.append(answer)
+        if problem is not None and states is before:
+            raise problem
+        return self._hand_out(states), answers
 
-    def _end_swap(self, swap: Swap, outcome: Outcome, states: States, programs: Programs) -> States:
-        """What a swap reached holds from now on; where it failed, what held before it."""
+    def _advance_one(
+        self, swap: Swap, states: States, programs: Programs
+    ) -> tuple[States, Answer | None]:
+        phases = {name: state.phase for name, state in states.items() if name in programs}
+        reasons = {name: state.reason for name, state in states.items()}
+        result = swaps.advance(swap, phases, reasons)
+        if isinstance(result, Outcome):
+            return self._end_swap(swap, result, states, programs)
+        if result is swap:
+            return states, None
+        self._save_swaps([result if one is swap else one for one in self._swaps])
+        for name in (swap.old, swap.new):
+            if result.wants(name) != swap.wants(name):
+                states = _ask(states, result, name)
+        return states, None
+
+    def _end_swap(
+        self, swap: Swap, outcome: Outcome, states: States, programs: Programs
+    ) -> tuple[States, Answer]:
+        """What a swap reached holds from now on; where it failed, what held before it.
+
+        But a model that did not come in is not tried again beside the one that serves.
+        """
+        new = programs.get(swap.new)
         if outcome.ok:
             self._save_intent({**self._intent, swap.old: False, swap.new: True}, programs)
+        elif (
+            new is not None
+            and self._wanted_for_itself(new).enabled
+            and _phase(states, swap.new) is not Phase.STOPPED  # where it stays, by hand
+        ):
+            self._save_intent({**self._intent, swap.new: False}, programs)
         self._save_swaps([one for one in self._swaps if one is not swap])
+        answer = Answer(swap.command, outcome.ok, outcome.message)
+        self._ended[swap.command] = answer
+        if len(self._ended) > _MOST_ENDED:
+            del self._ended[next(iter(self._ended))]
         old = programs.get(swap.old)
-        if outcome.ok or old is None or self._wanted_for_itself(old).enabled:
-            return states
-        return _with(states, swap.old, is_by_hand=True)  # as it was: started by hand
+        was_by_hand = old is not None and not self._wanted_for_itself(old).enabled
+        if not outcome.ok and swap.old_served and was_by_hand:
+            states = _with(states, swap.old, is_by_hand=True)
+        return states, answer
 
     def _save_intent(self, wish: Mapping[str, bool], programs: Programs) -> None:
         kept = {name: enabled for name, enabled in wish.items() if name in programs}
@@ -160,14 +258,28 @@ class Commands:
         self._swaps = tuple(under_way)
 
 
-def _asked(states: States, swap: Swap) -> States:
-    """The states with what a step of a swap asks of its two models."""
+def _ask(states: States, swap: Swap, name: str) -> States:
+    """The states with what a step of a swap asks of one of its two models."""
+    if swap.wants(name):
+        return _with(states, name, resume=True, drain=False)
+    # What was stopped by hand stays so, whatever becomes of the swap.
+    return _with(states, name, resume=False, is_by_hand=_phase(states, name) is Phase.STOPPED)
+
+
+def _kept_from_running(states: States, swap: Swap) -> States:
+    """A start by hand does not keep a model running that has to leave; else no swap would end."""
     for name in (swap.old, swap.new):
-        if swap.wants(name):
-            states = _with(states, name, resume=True, drain=False)
-        else:
-            states = _with(states, name, resume=False, is_by_hand=False)
+        state = states.get(name, ModelState())
+        if state.is_by_hand and state.phase is not Phase.STOPPED and not swap.wants(name):
+            states = _with(states, name, is_by_hand=False)
     return states
+
+
+def _serves(states: States, name: str) -> bool:
+    """Whether a model runs and was not told to stop."""
+    state = states.get(name, ModelState())
+    is_told = state.phase is Phase.STOPPING or (state.phase is Phase.DRAINING and not state.drain)
+    return state.phase not in _NOT_SERVING and not is_told
 
 
 def _with(states: States, name: str, **changes: bool) -> States:

@@ -184,7 +184,8 @@ class Listener:
         programs = self._world.registry.programs
         wanted = {program.name: self._commands.wanted(program) for program in programs}
         policy = self._world.registry.settings.probe
-        return await self._observer.look(programs, found, wanted, self._states, policy)
+        devices = self._world.registry.devices
+        return await self._observer.look(programs, found, wanted, self._states, policy, devices)
 
     # --- commands ---------------------------------------------------------------------------------
 

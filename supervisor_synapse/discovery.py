@@ -131,7 +131,9 @@ def discover(
     return Discovery(
         plan=plan, blocks=blocks, links=links, changes=changes, problems=tuple(problems),
         engine=engine, devices=devices,
-        registry=replace(_registered(earlier, plan, blocks, changes, settings), demo=demo),
+        registry=replace(
+            _registered(earlier, plan, blocks, changes, settings), demo=demo, devices=devices
+        ),
         switched_on=_switched(earlier, plan, on=True),
         switched_off=_switched(earlier, plan, on=False),
     )  # fmt: skip

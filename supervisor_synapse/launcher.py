@@ -506,17 +506,25 @@ def end_orphans(record: str) -> list[int]:
 
 def write_record(record: str) -> None:
     """Name this run: our number, and when we were started."""
-    temporary = f"{record}.{os.getpid()}"
-    with contextlib.suppress(OSError):  # a full disk costs only this
+    temporary = f"{record}.new"
+    try:
         with open(temporary, "w", encoding="ascii") as file:
-            file.write(f"{os.getpid()} {_start_of(os.getpid())}\n")
+            file.write(_our_record())
         os.replace(temporary, record)
+    except OSError:  # a full disk costs only this
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
 
 
 def clear_record(record: str) -> None:
-    """This run has left nothing behind."""
-    with contextlib.suppress(OSError):
-        os.unlink(record)
+    """This run has left nothing behind. Another run's word is not ours to remove."""
+    if _read(record, 200) == _our_record().encode():
+        with contextlib.suppress(OSError):
+            os.unlink(record)
+
+
+def _our_record() -> str:
+    return f"{os.getpid()} {_start_of(os.getpid())}\n"
 
 
 def _start_of(pid: int) -> str:

@@ -22,15 +22,17 @@ from pathlib import Path
 from typing import TypeVar
 
 from supervisor_synapse.adapters import processes, sockets
+from supervisor_synapse.adapters.gpu import drivers
+from supervisor_synapse.adapters.gpu.readings import Reading
 from supervisor_synapse.adapters.http import Endpoint, Prober
 from supervisor_synapse.adapters.supervisord import Process
 from supervisor_synapse.core import probes
 from supervisor_synapse.core.arguments import Served, parse_served
 from supervisor_synapse.core.decide import ModelState, Seen
 from supervisor_synapse.core.failures import Ending
-from supervisor_synapse.core.model import Health, Incarnation, ProcessState, Program
+from supervisor_synapse.core.model import Device, Health, Incarnation, ProcessState, Program
 from supervisor_synapse.core.probes import Liveness, Verdict
-from supervisor_synapse.core.settings import ProbePolicy
+from supervisor_synapse.core.settings import MIB, ProbePolicy
 
 _LOADING_PROBE_SECONDS = 0.1
 _LONG_LOADING_PROBE_SECONDS = 0.5
@@ -45,6 +47,8 @@ _DOZE_MARGIN_SECONDS = 1.0
 _LINGER_SECONDS = 1.0  # what is left of a run may go by itself for so long, then it is killed
 _GONE_SECONDS = 10.0
 _GONE_POLL_SECONDS = 0.02
+_MAY_KEEP = 0.05  # of what a run held on its device
+_NOISE_BYTES = 64 * MIB  # what drivers take and give for themselves
 _MOST_QUICK = 16
 _MOST_PATIENT = 64
 _MOST_ASIDE = 4
@@ -79,7 +83,9 @@ class Watched:
     doze_seconds: float = 0.0  # idle and not asked for its counters for so long, it sleeps
     told_at: float = 0.0  # when its counters came
     logged_bytes: int = -1
-    memory_bytes: int | None = None
+    memory_bytes: int | None = None  # on its device
+    device: Device | None = None  # where that is not the host
+    reading: Reading | None = None  # of that device, while it ran
     measured_at: float = 0.0
     answered: asyncio.Event = field(default_factory=asyncio.Event)  # or failed to, once
     tending: asyncio.Task[None] | None = None
@@ -100,6 +106,9 @@ class Leaving:
 
     incarnation: Incarnation
     port: int
+    device: Device | None
+    before: Reading | None  # of the device, while it ran
+    held_bytes: int  # on the device
     task: asyncio.Task[None] | None = None
     is_over: bool = False
     residue: str = ""
@@ -115,6 +124,7 @@ class Observer:
         self._aside = ThreadPoolExecutor(_MOST_ASIDE, "aside")
         self._policy = ProbePolicy()
         self._watched: dict[str, Watched] = {}
+        self._devices: Mapping[str, Device] = {}
         self._leaving: dict[str, Leaving] = {}
         self._endings: dict[str, tuple[int, Ending]] = {}
 
@@ -128,9 +138,11 @@ class Observer:
         wanted: Mapping[str, Wanted],
         states: Mapping[str, ModelState],
         policy: ProbePolicy,
+        devices: Iterable[Device] = (),
     ) -> list[Seen]:
         """What there is now of each program that supervisord knows."""
         self._policy = policy
+        self._devices = {device.name: device for device in devices if not device.is_host}
         known = [program for program in programs if program.name in found]
         self._forget({program.name: found[program.name] for program in known})
         for program in known:
@@ -166,6 +178,9 @@ class Observer:
                 self._verify(name, watched)
         for name in [name for name in self._endings if name not in found]:
             del self._endings[name]
+        for name in [name for name, one in self._leaving.items() if one.is_over]:
+            if name not in found:
+                del self._leaving[name]
 
     async def _watch(self, program: Program, process: Process, state: ModelState | None) -> None:
         """Begin to watch a run that is new, or new to us."""
@@ -183,6 +198,7 @@ class Observer:
         was_ready = bool(state and state.was_ready and state.incarnation == incarnation)
         live = probes.begin(now, was_ready=was_ready)
         watched = Watched(incarnation, served, prober, live, now, _doze_seconds(words))
+        watched.device = self._devices.get(program.device)
         watched.tending = asyncio.create_task(self._tend(program, process, watched))
         self._watched[program.name] = watched
         self._leaving.pop(program.name, None)
@@ -195,29 +211,47 @@ class Observer:
 
     def _verify(self, name: str, watched: Watched) -> None:
         """Begin to look for what a run may have left behind."""
-        leaving = Leaving(watched.incarnation, watched.served.port)
+        leaving = Leaving(
+            watched.incarnation, watched.served.port, watched.device, watched.reading,
+            (watched.memory_bytes or 0) if watched.reading else 0,
+        )  # fmt: skip
         leaving.task = asyncio.create_task(self._await_gone(name, leaving))
         self._leaving[name] = leaving
 
     async def _await_gone(self, name: str, leaving: Leaving) -> None:
-        """Its process group and its port; what will not go is killed, and then reported."""
-        begun = time.monotonic()
+        """Its process group, its port, its memory on a device: what stays is reported."""
         try:
-            while True:
-                left = await self._on(self._aside, processes.group_of, leaving.incarnation.pid)
-                seconds = time.monotonic() - begun
-                leaving.residue = _describe_left(left)
-                if not left or seconds > _GONE_SECONDS:
-                    break
-                if seconds > _LINGER_SECONDS:
-                    await self._on(self._aside, processes.kill_all, left)
-                await asyncio.sleep(_GONE_POLL_SECONDS)
-            if not leaving.residue:
-                leaving.residue = await self._on(self._aside, _still_listening, leaving.port)
+            leaving.residue = (
+                await self._processes_left(leaving)
+                or await self._on(self._aside, _still_listening, leaving.port)
+                or await self._memory_kept(leaving)
+            )
         except Exception:
             _log.exception("cannot verify a stop", extra={"model": name})
+            leaving.residue = "it could not be verified"
         leaving.is_over = True
         self._wake()
+
+    async def _processes_left(self, leaving: Leaving) -> str:
+        """What does not go by itself is killed."""
+        begun = time.monotonic()
+        while True:
+            left = await self._on(self._aside, processes.group_of, leaving.incarnation.pid)
+            seconds = time.monotonic() - begun
+            if not left or seconds > _GONE_SECONDS:
+                return ", ".join(f"pid {pid}" for pid in sorted(left))
+            if seconds > _LINGER_SECONDS:
+                await self._on(self._aside, processes.kill_all, left)
+            await asyncio.sleep(_GONE_POLL_SECONDS)
+
+    async def _memory_kept(self, leaving: Leaving) -> str:
+        """A driver may take a moment to give memory back."""
+        begun = time.monotonic()
+        while True:
+            kept = await self._on(self._aside, _kept_by_device, leaving)
+            if not kept or time.monotonic() - begun > _GONE_SECONDS:
+                return kept
+            await asyncio.sleep(_GONE_POLL_SECONDS)
 
     # --- questions --------------------------------------------------------------------------------
 
@@ -340,7 +374,7 @@ class Observer:
         watched.measured_at = now
         pid = watched.incarnation.pid
         if ready:
-            watched.memory_bytes = await self._on(self._aside, processes.resident_bytes, pid)
+            await self._on(self._aside, _measure_ready, watched)
             return
         memory, read = await self._on(self._aside, processes.footprint, pid)
         logged = await self._on(self._aside, _size, process.logfile)
@@ -411,8 +445,28 @@ def slots_busy(watched: Watched) -> int | None:
     return max(activity.busy - (watched.live.canary_at is not None), 0)
 
 
-def _describe_left(pids: Iterable[int]) -> str:
-    return ", ".join(f"pid {pid}" for pid in sorted(pids))
+def _measure_ready(watched: Watched) -> None:
+    """Memory on the run's device, as its driver has it; on the host, what is resident."""
+    pid = watched.incarnation.pid
+    watched.reading = drivers.read(watched.device) if watched.device is not None else None
+    held = watched.reading.held_by(processes.family(pid)) if watched.reading else 0
+    watched.memory_bytes = held or processes.resident_bytes(pid)
+
+
+def _kept_by_device(leaving: Leaving) -> str:
+    """What the device has not given back of a run that is gone.
+
+    Others come and go meanwhile, so what counts is memory that no process is shown to hold.
+    """
+    if leaving.device is None or leaving.before is None or not leaving.held_bytes:
+        return ""
+    now = drivers.read(leaving.device)
+    if now is None:
+        return ""
+    kept = now.unaccounted_bytes - leaving.before.unaccounted_bytes
+    if kept <= max(_MAY_KEEP * leaving.held_bytes, _NOISE_BYTES):
+        return ""
+    return f"{kept // MIB} MiB of {leaving.held_bytes // MIB} MiB on {leaving.device.name}"
 
 
 def _still_listening(port: int) -> str:

@@ -83,6 +83,8 @@ def group_of(leader: int) -> frozenset[int]:
         with contextlib.suppress(OSError, psutil.Error):
             if os.getpgid(pid) == leader and _status(pid) != psutil.STATUS_ZOMBIE:
                 members.add(pid)
+    if psutil.pid_exists(leader):  # given away meanwhile, so that these are a stranger's
+        return frozenset()
     return frozenset(members)
 
 

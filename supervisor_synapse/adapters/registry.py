@@ -13,7 +13,7 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from supervisor_synapse.adapters import store
-from supervisor_synapse.core.model import Program
+from supervisor_synapse.core.model import Device, Program
 from supervisor_synapse.core.plan import Choice
 from supervisor_synapse.core.settings import Settings
 
@@ -45,6 +45,7 @@ class Registry:
     settings: Settings = field(default_factory=Settings)
     generation: int = 0
     demo: bool = False  # the generated model is wanted beside others
+    devices: tuple[Device, ...] = ()  # as the engine listed them then
     version: int = _VERSION
 
     def names(self) -> dict[str, str]:
@@ -106,7 +107,8 @@ def is_same(one: Registry, other: Registry) -> bool:
 
 def _without_reasons(registry: Registry) -> Registry:
     programs = tuple(replace(program, reason="") for program in registry.programs)
-    return replace(registry, programs=programs)
+    devices = tuple(replace(device, free_bytes=0) for device in registry.devices)
+    return replace(registry, programs=programs, devices=devices)
 
 
 def save(path: Path, registry: Registry) -> None:

@@ -280,9 +280,13 @@ def _with_residue(reason: str, seen: Seen) -> str:
 def _running(state: ModelState, seen: Seen, now: Now, policy: Policy) -> ModelState:
     """Startup, then readiness, then liveness; no evidence changes nothing."""
     state = replace(state, resume=False)  # it runs: whoever stops it from now on is heeded
+    if state.killed_at is not None:
+        return state  # what a killed server answers, or no longer answers, is no evidence
     match seen.verdict:
         case Verdict.UNKNOWN | Verdict.MISSED:
             if state.phase in (Phase.READY, Phase.UNHEALTHY, Phase.LOADING):
+                return state
+            if state.phase is Phase.DRAINING and state.drain:
                 return state
             return _in(state, Phase.LOADING, "its process runs")
         case Verdict.LOADING:
@@ -330,10 +334,10 @@ def _stopping(state: ModelState, seen: Seen) -> ModelState:
 
 def _ended(state: ModelState, seen: Seen, now: Now, policy: Policy) -> ModelState:
     """Each end is judged once; then it is waited, or not, as the failure's class has it."""
-    if state.drain:
-        return _in(replace(state, is_out=False), Phase.STOPPED, "drained")
     if seen.run != state.failed_run:
         state = _failed(state, seen, now, policy)
+    if state.drain:
+        return _in(replace(state, is_out=False), Phase.STOPPED, _with_residue("drained", seen))
     if not seen.enabled and not state.is_by_hand:
         return _said(replace(state, is_out=False), Phase.DISABLED, seen.why)
     failure = state.last_failure
@@ -430,7 +434,9 @@ def _kills(seen: Sequence[Seen], after: dict[str, ModelState], now: Now) -> Iter
     is_one_out = any(state.is_out for state in after.values())
     for one in seen:
         state = after[one.name]
-        if one.verdict not in BAD or state.condemned is None or one.incarnation is None:
+        if state.condemned is None or one.incarnation is None:
+            continue
+        if one.verdict not in BAD and state.killed_at is None:
             continue
         if state.killed_at is not None and now.monotonic - state.killed_at < _KILL_AGAIN_SECONDS:
             continue

@@ -1,10 +1,11 @@
 """One model takes the place of another: a step at a time, each of which can be taken up again.
 
-    both fit      NEW_FIRST ──new ready──► OLD_LEAVES ──old verified stopped──► done
-    else          OLD_LEAVES ──► NEW_ALONE ──new ready──► done
+    both fit      NEW_FIRST ──new ready──► OLD_LEAVES ──old verified stopped──► NEW_ALONE
+    else          OLD_LEAVES ──old verified stopped──► NEW_ALONE
+                  NEW_ALONE ──new ready──► done
     the new one does not become ready
-                  NEW_FIRST ──► NEW_LEAVES ──► failed, the old one never stopped
-                  NEW_ALONE ──► OLD_RETURNS ──old ready──► failed, the old one is back
+                  NEW_FIRST, NEW_ALONE ──► NEW_LEAVES ──new verified stopped──► OLD_RETURNS
+                  OLD_RETURNS ──old ready, as it is where it never stopped──► failed
 
 A step says only which of the two shall run; how they get there is decided as ever. So whoever
 finds a step in the journal carries on from whatever the world has become.
@@ -47,8 +48,8 @@ class Swap:
         if name not in (self.old, self.new):
             return None
         old_runs, new_runs = _RUNS[self.step]
-        if self.step is Step.OLD_LEAVES and not self.together:
-            new_runs = False  # there is no room for it before the old one is verified stopped
+        if not self.together and self.step in (Step.OLD_LEAVES, Step.NEW_LEAVES):
+            return False  # there is no room for one before the other is verified stopped
         return (old_runs and self.old_served) if name == self.old else new_runs
 
 
@@ -81,22 +82,24 @@ def begin(command: str, old: str, new: str, *, together: bool, old_served: bool)
 
 
 def advance(swap: Swap, phases: Mapping[str, Phase], reasons: Mapping[str, str]) -> Swap | Outcome:
-    """The swap after one look; the same one where nothing has changed for it."""
+    """The swap after one look; the same one where nothing has changed for it.
+
+    The phases must be of a look that came after the step began: what a model was before it was
+    asked to run says nothing.
+    """
     old = phases.get(swap.old, Phase.DISABLED)
     new = phases.get(swap.new, Phase.FAILED)  # gone from the configuration
     match swap.step:
         case Step.NEW_FIRST:
             return _new_first(swap, new, reasons)
         case Step.OLD_LEAVES:
-            return _old_leaves(swap, old)
+            return _old_leaves(swap, old, new)
         case Step.NEW_ALONE:
-            return _new_alone(swap, new, reasons)
+            return _new_alone(swap, old, new, reasons)
         case Step.NEW_LEAVES:
-            if new in _AT_REST or swap.new not in phases:
-                return Outcome(ok=False, message=f"{swap.why_undone}; {swap.old} goes on")
-            return swap
+            return _new_leaves(swap, old, new)
         case Step.OLD_RETURNS:
-            return _old_returns(swap, old, reasons)
+            return _old_returns(swap, old, new, reasons)
     assert_never(swap.step)
 
 
@@ -108,31 +111,38 @@ def _new_first(swap: Swap, new: Phase, reasons: Mapping[str, str]) -> Swap | Out
     return swap
 
 
-def _old_leaves(swap: Swap, old: Phase) -> Swap | Outcome:
+def _old_leaves(swap: Swap, old: Phase, new: Phase) -> Swap | Outcome:
     if old not in _AT_REST:
         return swap
-    if swap.together:
+    if new is Phase.READY:
         return _done(swap)
     return replace(swap, step=Step.NEW_ALONE)
 
 
-def _new_alone(swap: Swap, new: Phase, reasons: Mapping[str, str]) -> Swap | Outcome:
-    if new is Phase.READY:
+def _new_alone(swap: Swap, old: Phase, new: Phase, reasons: Mapping[str, str]) -> Swap | Outcome:
+    if new in _DID_NOT_COME:
+        return replace(swap, step=Step.NEW_LEAVES, why_undone=_why(swap.new, reasons))
+    if new is Phase.READY and old in _AT_REST:  # it may have been started by hand meanwhile
         return _done(swap)
-    if new not in _DID_NOT_COME:
+    return swap
+
+
+def _new_leaves(swap: Swap, old: Phase, new: Phase) -> Swap | Outcome:
+    if new not in _AT_REST:
         return swap
-    why = _why(swap.new, reasons)
     if not swap.old_served:
-        return Outcome(ok=False, message=why)
-    return replace(swap, step=Step.OLD_RETURNS, why_undone=why)
-
-
-def _old_returns(swap: Swap, old: Phase, reasons: Mapping[str, str]) -> Swap | Outcome:
+        return Outcome(ok=False, message=swap.why_undone)
     if old is Phase.READY:
-        return Outcome(ok=False, message=f"{swap.why_undone}; {swap.old} is back")
-    if old is Phase.FAILED:
+        return Outcome(ok=False, message=f"{swap.why_undone}; {swap.old} goes on")
+    return replace(swap, step=Step.OLD_RETURNS)
+
+
+def _old_returns(swap: Swap, old: Phase, new: Phase, reasons: Mapping[str, str]) -> Swap | Outcome:
+    if old in _AT_REST:
         also = _why(swap.old, reasons)
         return Outcome(ok=False, message=f"{swap.why_undone}; and {also}")
+    if old is Phase.READY and new in _AT_REST:
+        return Outcome(ok=False, message=f"{swap.why_undone}; {swap.old} is back")
     return swap
 
 

@@ -23,6 +23,7 @@ _STALE_SECONDS = 10.0  # the listener gives a sign of life every 2 s
 _ANSWER_SECONDS = 15.0  # a listener that was just restarted takes a few
 _SWAP_SECONDS = 3600.0  # a large model loads from a slow disk, after a long drain
 _POLL_SECONDS = 0.05
+_LOST = "supervisord was restarted meanwhile: look at `models`"
 _LOOK = "Look at `status synapse` and var/log/synapse.log."
 
 _Say = Callable[[str], None]
@@ -106,7 +107,7 @@ class SynapseControllerPlugin(ControllerPluginBase):  # type: ignore[misc]  # un
     def _await_result(self, name: str, command: str, seconds: float) -> None:
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
-            text = self._ask("result", self.ctl.output, command, about=name)
+            text = self._ask("result", self.ctl.output, command, about=name, missing=_LOST)
             if text is None:
                 return
             if text:
@@ -158,7 +159,14 @@ class SynapseControllerPlugin(ControllerPluginBase):  # type: ignore[misc]  # un
         elif age is not None and age > _STALE_SECONDS:
             say(f"The listener last reported {age:.0f} s ago: this may be outdated. {_LOOK}")
 
-    def _ask(self, method: str, say: _Say, *arguments: str, about: str = "") -> str | None:
+    def _ask(
+        self,
+        method: str,
+        say: _Say,
+        *arguments: str,
+        about: str = "",
+        missing: str = "no such model",
+    ) -> str | None:
         """What a method of our namespace answers; None where it failed, which was said."""
         url = self.ctl.options.serverurl
         try:
@@ -168,7 +176,7 @@ class SynapseControllerPlugin(ControllerPluginBase):  # type: ignore[misc]  # un
             if fault.faultCode == Faults.UNKNOWN_METHOD:
                 self._fail("supervisord runs without [rpcinterface:synapse]", say)
             elif fault.faultCode == Faults.BAD_NAME and about:
-                self._fail(f"{about}: ERROR (no such model)", say)
+                self._fail(f"{about}: ERROR ({missing})", say)
             else:
                 self._fail(str(fault.faultString), say)
         except xmlrpc.client.ProtocolError as error:

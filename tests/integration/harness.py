@@ -40,7 +40,7 @@ import numpy as np
 import psutil
 from supervisor.xmlrpc import SupervisorTransport
 
-from tests.gguf_factory import HubCache, Value, hub_cache, write_gguf
+from tests.gguf_factory import HubCache, Value, hub_cache, write_gguf, write_model
 
 BIN = Path(sys.executable).parent
 T = TypeVar("T")
@@ -155,6 +155,53 @@ def stranger_on(port: int) -> Iterator[None]:
         yield
 
 
+class TokenStream:
+    """A completion that streams, read in a thread of its own; made once its first token came.
+
+    The same prompt gives the same tokens each time, since the likeliest is always taken.
+    """
+
+    def __init__(self, url: str, tokens: int) -> None:
+        self.tokens: list[int] = []
+        self.complete = False  # ended as a stream should
+        self._response = self._ask(url, tokens)
+        self._take(self._response.readline())
+        assert self.tokens, "no first token"
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def _ask(self, url: str, tokens: int) -> Any:
+        body = {
+            "prompt": "the road", "n_predict": tokens, "stream": True, "temperature": 0,
+            "return_tokens": True, "cache_prompt": False,
+        }  # fmt: skip
+        request = urllib.request.Request(f"{url}/completion", json.dumps(body).encode())
+        request.add_header("Content-Type", "application/json")
+        return _OPENER.open(request, timeout=30)
+
+    def _take(self, line: bytes) -> None:
+        if line.startswith(b"data: "):
+            event = json.loads(line[6:])
+            self.tokens += event["tokens"]
+            self.complete = self.complete or event["stop"]
+
+    def _read(self) -> None:
+        with self._response, contextlib.suppress(OSError, http_client.HTTPException, ValueError):
+            for line in self._response:
+                self._take(line)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more will come."""
+        return not self._thread.is_alive()
+
+    def end(self, seconds: float = 30) -> list[int]:
+        """All tokens, once the stream is over."""
+        self._thread.join(seconds)
+        assert self.is_over, f"still streaming after {len(self.tokens)} tokens"
+        return self.tokens
+
+
 # --- a deployment --------------------------------------------------------------------------------
 
 
@@ -209,6 +256,20 @@ class Deployment:
         kept = {key: value for key, value in os.environ.items() if not key.startswith(_FOREIGN)}
         own = {"HOME": str(self.root), "HF_HOME": str(self.root / "hf")}
         return kept | own | self.extra_environment
+
+    def add(self, *names: str, **options: Any) -> None:
+        """A small model of each name, each in a repo of its own; `options` of `write_model`."""
+        for name in names:
+            seed = zlib.crc32(name.encode())
+            file = write_model(self.sources / f"{name}.gguf", seed=seed, **options)
+            self.hub.add(f"acme/{name}", {f"{name}.gguf": file})
+
+    def open_web_server(self) -> str:
+        """supervisord's own web server, from its next start on; where it answers."""
+        port = free_ports(1)
+        with (self.etc / "supervisord.conf").open("a") as main_file:
+            main_file.write(f"\n[inet_http_server]\nport=127.0.0.1:{port}\n")
+        return f"http://127.0.0.1:{port}"
 
     # commands
 
@@ -303,10 +364,14 @@ class Deployment:
 
     def programs(self) -> dict[str, list[str]]:
         """What supervisord itself holds: the words of each program's command, by its name."""
-        transport = SupervisorTransport(None, None, f"unix://{self.prefix}/var/run/supervisor.sock")
-        with xmlrpc.client.ServerProxy("http://127.0.0.1", transport=transport) as server:
+        with self.rpc() as server:
             found: Any = server.supervisor.getAllConfigInfo()
         return {program["name"]: shlex.split(program["command"]) for program in found}
+
+    def rpc(self) -> xmlrpc.client.ServerProxy:
+        """XML-RPC to supervisord, for one thread; to be used in a `with`."""
+        transport = SupervisorTransport(None, None, f"unix://{self.prefix}/var/run/supervisor.sock")
+        return xmlrpc.client.ServerProxy("http://127.0.0.1", transport=transport)
 
     def history(self) -> list[Any]:
         """Every transition so far, oldest first."""
@@ -319,6 +384,13 @@ class Deployment:
                 step for step in self.history() if step["model"] == name and step["when"] >= since
             ]
         return []
+
+    def stop_lines(self, name: str) -> list[dict[str, str]]:
+        """What the launcher said of each stop of a model, oldest first: its fields."""
+        mark = "synapse-run: stopped: "
+        lines = (self.log / f"{name}.log").read_text("utf-8", "replace").splitlines()
+        said = [line.removeprefix(mark) for line in lines if line.startswith(mark)]
+        return [dict(field.split("=", 1) for field in line.split(", ")) for line in said]
 
     def wait_for_step(
         self, name: str, since: float, seconds: float, *, to: str = "", out_of: str = ""
@@ -392,6 +464,14 @@ class Deployment:
                 process.kill()
         shutil.rmtree(self.root, ignore_errors=True)
         assert not left, f"left behind after `synapse down` ({said}): {left}"
+
+
+def is_gone(process: psutil.Process) -> bool:
+    """Whether it has ended; a zombie has."""
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def _words(process: psutil.Process) -> list[str]:

@@ -138,16 +138,22 @@ def start(synapse_run: str, tmp_path: Path) -> Iterator[Start]:
     runs: list[Run] = []
 
     def begin(
-        command: Sequence[str], port: int, drain: float = 20, term: float = 0.6, **options: Any
+        command: Sequence[str],
+        port: int,
+        drain: float = 20,
+        term: float = 0.6,
+        record: Path | None = None,
+        **options: Any,
     ) -> Run:
         number = len(runs)
         log, journal = tmp_path / f"{number}.log", tmp_path / f"{number}.journal"
         words = [word.replace("JOURNAL", str(journal)) for word in command]
         options.setdefault("process_group", 0)  # as supervisord does it
         options.setdefault("env", os.environ | {"PYTHONDONTWRITEBYTECODE": ""})
+        kept = [] if record is None else ["--record", str(record)]
         with log.open("wb") as output:
             process = subprocess.Popen(
-                [synapse_run, "--drain", str(drain), f"--term={term}", "--", *words],
+                [synapse_run, "--drain", str(drain), f"--term={term}", *kept, "--", *words],
                 stdin=subprocess.DEVNULL, stdout=output, stderr=output, **options,
             )  # fmt: skip
         runs.append(Run(process, port, log, journal))
@@ -923,6 +929,201 @@ def test_a_hangup_that_was_ignored_stays_ignored(fake: Start) -> None:
     assert "SIGHUP" in run.noted("ignoring")[0]
 
 
+# --- what an earlier run left behind -------------------------------------------------------------
+
+
+@pytest.fixture
+def record(tmp_path: Path) -> Path:
+    return tmp_path / "our model.run"
+
+
+@pytest.fixture
+def wrapper(tmp_path: Path) -> str:
+    """A script that stands between the launcher and the server, and does not exec it."""
+    script = tmp_path / "wrapper.sh"
+    script.write_text('#!/bin/sh\n"$@"\nexit $?\n')
+    script.chmod(0o755)
+    return str(script)
+
+
+def orphaned(run: Run) -> int:
+    """Kill the launcher; the pid of the server that its wrapper leaves behind."""
+    ((server, *_),) = run.listening().noted("started")
+    run.process.kill()
+    run.process.wait(_PATIENCE_SECONDS)
+    eventually(lambda: _parent_is_gone(int(server), run.pid))
+    return int(server)
+
+
+def _parent_is_gone(pid: int, launcher_pid: int) -> bool:
+    """The wrapper died with the launcher, and the orphan lives."""
+    above = psutil.Process(psutil.Process(pid).ppid())
+    return launcher_pid not in (above.pid, above.ppid()) and above.name() != "wrapper.sh"
+
+
+@_linux_only
+def test_an_orphan_of_this_model_is_ended_by_its_next_run(
+    start: Start, record: Path, wrapper: str
+) -> None:
+    """The port is the proof: with the orphan on it the next run could not start."""
+    port = free_port()
+    command = [wrapper, *fake_command(port, {"ignores": ["SIGTERM", "SIGINT"]})]
+    server = orphaned(start(command, port, record=record))
+    assert not is_dead(server)
+    run = start(fake_command(port, {}), port, record=record).listening()
+    assert is_dead(server)
+    said = f"ended pid {server}, which an earlier run had left behind"
+    assert said in run.ours()
+    assert record.read_text().split()[0] == str(run.pid)
+    run.stop()
+    assert not record.exists()
+
+
+@_linux_only
+def test_an_orphan_that_is_frozen_is_ended_as_well(
+    start: Start, record: Path, wrapper: str
+) -> None:
+    port = free_port()
+    server = orphaned(start([wrapper, *fake_command(port, {})], port, record=record))
+    os.kill(server, signal.SIGSTOP)
+    run = start(fake_command(port, {}), port, record=record).listening()
+    assert is_dead(server)
+    run.stop()
+
+
+@_linux_only
+def test_an_orphan_of_the_real_server_is_ended(
+    start: Start, record: Path, wrapper: str, llama_server: Engine, model: Path
+) -> None:
+    port = free_port()
+    command = [llama_server.path, "--model", str(model), "--host", "127.0.0.1",
+               "--port", str(port), "--parallel", "1"]  # fmt: skip
+    first = start([wrapper, *command], port, record=record, env=llama_server.environment)
+    eventually(lambda: http(first, "GET", "/health") == 200)
+    (server,) = (p.pid for p in psutil.Process(first.pid).children(recursive=True)
+                 if p.name() != "wrapper.sh")  # fmt: skip
+    first.process.kill()
+    first.process.wait(_PATIENCE_SECONDS)
+    assert http(first, "GET", "/health") == 200
+    second = start(command, port, record=record, env=llama_server.environment)
+    eventually(lambda: is_dead(server) and http(second, "GET", "/health") == 200)
+    assert second.process.poll() is None, second.text()
+    second.stop()
+    assert not record.exists()
+
+
+@_linux_only
+def test_another_models_orphan_is_not_touched(
+    start: Start, record: Path, tmp_path: Path, wrapper: str
+) -> None:
+    """Even where the record of this model names the run that it belonged to."""
+    port = free_port()
+    first = start([wrapper, *fake_command(port, {})], port, record=tmp_path / "other.run")
+    server = orphaned(first)
+    shutil.copy(tmp_path / "other.run", record)
+    try:
+        run = start(fake_command(free_port(), {}), 0, record=record).listening()
+        run.stop()
+        assert not is_dead(server)
+    finally:
+        os.kill(server, signal.SIGKILL)
+
+
+@_linux_only
+def test_a_stranger_in_the_same_group_is_not_touched(
+    start: Start, record: Path, wrapper: str
+) -> None:
+    """A process without our mark: nobody knows whose it is."""
+    first = start([wrapper, *fake_command(port := free_port(), {})], port, record=record)
+    ((_server, *_),) = first.listening().noted("started")
+    with subprocess.Popen(["/bin/sleep", "60"], process_group=first.pid) as stranger:
+        try:
+            server = orphaned(first)
+            start(fake_command(port, {}), port, record=record).listening().stop()
+            assert is_dead(server)
+            assert stranger.poll() is None
+        finally:
+            stranger.kill()
+
+
+@_linux_only
+def test_a_run_that_lives_is_not_touched_and_its_record_not_taken_away(
+    fake: Start, record: Path
+) -> None:
+    """One whose supervisord died drains on; the next on another port leaves it alone."""
+    first = fake(options={"record": record}).listening()
+    second = fake(options={"record": record}).listening()
+    assert first.process.poll() is None
+    first.stop()
+    assert record.read_text().split()[0] == str(second.pid)
+    second.stop()
+    assert not record.exists()
+
+
+@_linux_only
+def test_a_number_that_is_someone_elses_by_now_ends_nobody(fake: Start, record: Path) -> None:
+    """The record names a process that lives, even with our mark, and began at another time."""
+    marked = os.environ | {"SYNAPSE_RECORD": str(record)}
+    with subprocess.Popen(["/bin/sleep", "60"], env=marked, process_group=0) as other:
+        try:
+            record.write_text(f"{other.pid} 1\n")
+            fake(options={"record": record}).listening().stop()
+            assert other.poll() is None
+        finally:
+            other.kill()
+
+
+@_linux_only
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can start processes of other users")
+def test_another_users_process_is_not_touched(fake: Start, record: Path) -> None:
+    """Although it carries the mark and stands in the group: a mark can be forged."""
+    marked = os.environ | {"SYNAPSE_RECORD": str(record)}
+    with subprocess.Popen(["/bin/sleep", "60"], process_group=0) as leader:
+        other = subprocess.Popen(
+            ["/bin/sleep", "60"], env=marked, process_group=leader.pid, user=65534
+        )
+        leader.kill()
+    try:
+        record.write_text(f"{leader.pid} 1\n")
+        fake(options={"record": record}).listening().stop()
+        assert other.poll() is None
+    finally:
+        other.kill()
+        other.wait()
+
+
+@pytest.mark.parametrize("text", ["", "x", "1 1", "0 0", "-1 1", "9" * 500, "\0\0 \0"], ids=ascii)
+def test_a_record_that_is_torn_or_hostile_holds_up_no_start(
+    fake: Start, record: Path, text: str
+) -> None:
+    record.write_text(text)
+    run = fake(options={"record": record}).listening()
+    assert record.read_text().split()[0] == str(run.pid)
+    run.stop()
+    assert not record.exists()
+
+
+@pytest.mark.parametrize("ends", [0, 1, -signal.SIGSEGV])
+def test_an_end_by_itself_removes_the_record_too(fake: Start, record: Path, ends: int) -> None:
+    """Whatever the server left has been ended with it."""
+    run = fake(ends=ends, options={"record": record})
+    run.process.wait(_PATIENCE_SECONDS)
+    assert list(record.parent.glob("*.run*")) == []
+
+
+def test_a_start_that_is_refused_leaves_no_record(fake: Start, record: Path) -> None:
+    run = fake("--model", "/nowhere/m.gguf", options={"record": record})
+    assert run.process.wait(_PATIENCE_SECONDS) == 66
+    assert not record.exists()
+
+
+def test_a_server_is_marked_only_where_a_record_is_kept(fake: Start, record: Path) -> None:
+    kept, bare = fake(options={"record": record}).listening(), fake().listening()
+    marks = [json.loads(" ".join(run.noted("environment")[0])).get("SYNAPSE_RECORD")
+             for run in (kept, bare)]  # fmt: skip
+    assert marks == [str(record), None]
+
+
 # --- what it costs -------------------------------------------------------------------------------
 
 
@@ -951,6 +1152,20 @@ def test_what_it_adds_to_a_start_is_printed(synapse_run: str) -> None:
     print(f"until a program runs: {before * 1000:.1f} ms alone, {after * 1000:.1f} ms launched,"
           f" {(after - before) * 1000:.1f} ms added")  # fmt: skip
     assert after - before < 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="date(1) tells no nanoseconds elsewhere")
+def test_a_record_costs_a_start_only_a_few_milliseconds(synapse_run: str, record: Path) -> None:
+    """Also where one of a run that was killed is found, and looked after."""
+    bare, kept, found = [], [], []
+    for _ in range(15):
+        bare.append(_seconds_until_run(synapse_run, "--"))
+        kept.append(_seconds_until_run(synapse_run, "--record", str(record), "--"))
+        record.write_text(f"{2**22 + 7} 5\n")
+        found.append(_seconds_until_run(synapse_run, "--record", str(record), "--"))
+    added = [1000 * (statistics.median(x) - statistics.median(bare)) for x in (kept, found)]
+    print(f"a record adds {added[0]:.1f} ms to a start, {added[1]:.1f} ms where one is found")
+    assert max(added) < 30
 
 
 def _seconds_until_run(*launcher_words: str) -> float:

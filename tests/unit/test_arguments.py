@@ -21,7 +21,7 @@ from supervisor_synapse.core.arguments import (
     server_arguments,
 )
 from supervisor_synapse.core.model import Role
-from tests.conftest import Engine
+from tests.conftest import Engine, free_port
 from tests.unit.builders import FLAGS, GIB, MIB, engine
 
 OPTIONAL = (
@@ -152,8 +152,9 @@ def test_the_real_engine_takes_every_argument_that_we_give(
     """With no model to load it gets as far as that: no argument was refused."""
     flags = frozenset(re.findall(r"(?<![\w-])--[a-z][a-z-]+", run(llama_server, "--help")))
     every = serving(
-        role=role, device="none", gpu_layers=0, sleep_idle_seconds=60, alias="Qwen/Qwen2.5:7b"
-    )
+        role=role, device="none", gpu_layers=0, sleep_idle_seconds=60, alias="Qwen/Qwen2.5:7b",
+        port=free_port(),
+    )  # fmt: skip
     tokens = server_arguments(every, engine(flags=flags))
     assert set(OPTIONAL) <= set(tokens)
     said = run(llama_server, "--model", str(tmp_path / "none.gguf"), *tokens)

@@ -76,6 +76,9 @@ class Simulated:
     file_stamp: int = 1
     ending: Ending | None = None
     stop_at: float = 0.0
+    verify_seconds: float = 0.0  # how long what a run left is looked for
+    residue: str = ""  # what each of its runs leaves for good
+    ended_at: float = 0.0
     started: list[float] = field(default_factory=list)  # when we asked for it
     ran: list[float] = field(default_factory=list)  # when it really began, whoever asked
     was_ready: bool = False
@@ -134,6 +137,7 @@ class World:
         model.pid = 0
         model.state = ProcessState.STOPPED if stopping else ProcessState.EXITED
         model.ending = None if stopping else Ending(status, log)
+        model.ended_at = self.monotonic
         model.ends_since_out += 1
 
     def stop(self, name: str) -> None:
@@ -150,6 +154,10 @@ class World:
         model.why = "enabled by command" if enabled else "disabled by command"
         state = self.states.get(name, ModelState())
         self.states = {**self.states, name: replace(state, resume=enabled, is_by_hand=False)}
+
+    def drain(self, name: str = "a") -> None:
+        """The command `drain`, as the listener takes it."""
+        self.states = {**self.states, name: replace(self.states[name], drain=True)}
 
     def configure(self, name: str, enabled: bool) -> None:
         """Discovery chose anew, with nobody commanding."""
@@ -243,7 +251,14 @@ class World:
             busy=model.busy, ending=model.ending,
             spawn_error="" if model.spawns else "can't find command",
             file_stamp=0 if model.is_alive else model.file_stamp,
+            is_leaving=self.is_verifying(model),
+            residue="" if model.is_alive or self.is_verifying(model) else model.residue,
         )  # fmt: skip
+
+    def is_verifying(self, model: Simulated) -> bool:
+        """Whether what its last run left is still being looked for."""
+        since_end = self.monotonic - model.ended_at
+        return not model.is_alive and since_end < model.verify_seconds
 
     def _note(self, decision: Decision, seen: Sequence[Seen]) -> None:
         assert set(decision.states) == {one.name for one in seen}
@@ -271,7 +286,7 @@ class World:
                 else:
                     self.begin(model.name)
             case Stop():
-                assert not model.enabled, "only what was disabled is stopped"
+                self._check_stop(model)
                 self.stop(model.name)
             case Kill():
                 self._check_kill(model, action, seen[action.name])
@@ -282,9 +297,15 @@ class World:
 
     def _check_start(self, model: Simulated) -> None:
         assert not model.is_alive, "an incarnation lives"
+        assert not self.is_verifying(model), "what the run before it left may still be there"
         last = model.started[-1] if model.started else -SPACING_SECONDS
         assert self.monotonic - last >= SPACING_SECONDS, "supervisord cannot tell these runs apart"
         assert self.loading() < self.policy.max_parallel, "too many load at once"
+
+    def _check_stop(self, model: Simulated) -> None:
+        if model.enabled:
+            assert self.states[model.name].drain, "only what was disabled or drained is stopped"
+            assert not model.busy, "a busy model is drained until it is idle"
 
     def loading(self) -> int:
         """Runs that load and hold a place."""
@@ -1000,6 +1021,7 @@ def _change(**values: object) -> Callable[[World, str], None]:
 def _heal(world: World, name: str) -> None:
     model = world[name]
     model.dies_after, model.spawns, model.loads_seconds, model.refuses = None, True, 0.5, 0
+    model.busy = False
 
 
 def _lose_track(world: World, name: str) -> None:
@@ -1044,6 +1066,11 @@ EVENTS: dict[str, Callable[[World, str], None]] = {
     "clock forward": lambda world, name: setattr(world, "wall", world.wall + HOUR_SECONDS),
     "clock back": lambda world, name: setattr(world, "wall", world.wall - HOUR_SECONDS),
     "nobody looks": lambda world, name: world.pass_time(30.0),
+    "drained": lambda world, name: world.drain(name) if name in world.states else None,
+    "busy": _change(busy=True),
+    "idle": _change(busy=False),
+    "slow to go": _change(verify_seconds=3.0),
+    "leaves something": _change(residue="pid 4711"),
 }
 
 # Without shrinking, which takes minutes: add HypPhase.shrink to look into a failure.
@@ -1135,3 +1162,175 @@ def test_a_model_enabled_while_it_runs_stays_stopped_when_it_is_stopped_later() 
     world.stop("a")
     world.run(30.0)
     assert world.phase() is Phase.STOPPED
+
+
+# --- verified stops and drains --------------------------------------------------------------------
+
+
+def test_a_stop_is_verified_before_it_is_called_one() -> None:
+    """Process gone is not all: what it left is looked for, and only then it is stopped."""
+    world = World().ready()
+    world["a"].verify_seconds = 3.0
+    world.stop("a")
+    world.run(2.0)
+    assert world.phase() is Phase.VERIFYING
+    world.run(3.0)
+    assert world.phase() is Phase.STOPPED
+    assert world.path()[-3:] == [Phase.STOPPING, Phase.VERIFYING, Phase.STOPPED]
+
+
+@pytest.mark.parametrize("how", ["crash", "kill", "restart by enable"])
+def test_no_run_follows_one_that_is_not_verified_to_be_over(how: str) -> None:
+    """The simulation complains about a start meanwhile; after it, the model comes back."""
+    world = World().ready()
+    world["a"].verify_seconds = 4.0
+    match how:
+        case "crash":
+            world.die("a")
+        case "kill":
+            world["a"].sick = Verdict.WEDGED
+        case _:
+            world.enable("a", False)
+            world.run(1.0)
+            world.enable("a")
+    world.run(3.0)
+    assert world.phase() is Phase.VERIFYING
+    world.run_until(lambda: world.phase() is Phase.READY, 10.0)
+    assert Phase.VERIFYING in world.path()
+
+
+def test_a_failure_is_judged_once_although_it_was_verified_first() -> None:
+    world = World().ready()
+    world["a"].verify_seconds = 2.0
+    world.die("a", 1, "it broke")
+    world.run(2.5)
+    failure = world.states["a"].last_failure
+    assert failure is not None
+    assert (failure.failure_class, failure.message) == (FailureClass.CRASHED, "it broke")
+    assert world.states["a"].retries.attempt == 1
+
+
+def test_a_start_by_hand_while_the_last_run_is_looked_for_is_seen() -> None:
+    world = World().ready()
+    world["a"].verify_seconds = 60.0
+    world.stop("a")
+    world.run(2.0).begin("a")
+    world.run(2.0)
+    assert world.phase() is Phase.READY
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_what_is_left_behind_for_good_is_told(enabled: bool) -> None:
+    world = World().ready()
+    world["a"].verify_seconds, world["a"].residue = 1.0, "pid 4711"
+    if enabled:
+        world.stop("a")
+    else:
+        world.enable("a", False)
+    world.run(5.0)
+    assert world.phase() is (Phase.STOPPED if enabled else Phase.DISABLED)
+    assert world.reason().endswith("; left behind: pid 4711")
+
+
+def test_a_stop_that_left_nothing_says_nothing_of_it() -> None:
+    world = World().ready()
+    world["a"].verify_seconds = 1.0
+    world.stop("a")
+    world.run(5.0)
+    assert world.reason() == "stopped by hand"
+
+
+def test_a_new_listener_verifies_nothing_anew_and_carries_on() -> None:
+    """One that died while it verified: its successor finds a stopped process."""
+    world = World().ready()
+    world["a"].verify_seconds = 2.0
+    world.stop("a")
+    world.run(1.0)
+    assert world.phase() is Phase.VERIFYING
+    world["a"].verify_seconds = 0.0  # nobody remembers what was looked for
+    world.restart_listener()
+    world.run(5.0)
+    assert (world.phase(), world.reason()) == (Phase.STOPPED, "stopped by hand")
+
+
+def test_a_drained_model_is_stopped_when_it_is_idle_and_stays_stopped() -> None:
+    """The simulation complains about a stop of a busy one."""
+    world = World().ready()
+    world["a"].busy = True
+    world.drain()
+    world.run(HOUR_SECONDS, step=30.0)
+    assert world.phase() is Phase.DRAINING
+    assert world["a"].is_alive
+    world["a"].busy = False
+    world.run(5.0)
+    assert (world.phase(), world.reason()) == (Phase.STOPPED, "drained")
+    world.run(HOUR_SECONDS, step=30.0).restart_listener()
+    world.run(60.0)
+    assert world.phase() is Phase.STOPPED
+    assert len(world["a"].ran) == 1
+
+
+@pytest.mark.parametrize("verdict", [Verdict.MISSED, Verdict.UNKNOWN])
+def test_a_missed_probe_does_not_make_a_draining_model_one_that_loads(verdict: Verdict) -> None:
+    """That would hold back others that wait for a loading place."""
+    world = World().ready()
+    world["a"].busy = True
+    world.drain()
+    world.tick()
+    quiet = len(world.transitions)
+    world["a"].sick = verdict
+    world.run(5.0)
+    world["a"].sick = None
+    world.run(5.0)
+    assert world.phase() is Phase.DRAINING
+    assert len(world.transitions) == quiet
+
+
+def test_a_draining_model_that_hangs_is_killed_and_not_brought_back() -> None:
+    """The user asked for its end; it came another way."""
+    world = World().ready()
+    world["a"].busy = True
+    world.drain()
+    world.tick()
+    world["a"].sick = Verdict.WEDGED
+    world.run(60.0)
+    assert len(world.of(Kill)) == 1
+    assert (world.phase(), world.reason()) == (Phase.STOPPED, "drained")
+    assert len(world["a"].ran) == 1
+
+
+def test_a_model_that_crashed_while_it_drained_starts_at_once_when_it_is_enabled() -> None:
+    """Its end was judged then, and is not held against the new start."""
+    world = World().ready()
+    world["a"].busy = True
+    world.drain()
+    world.tick()
+    world.die("a", 1, CORRUPT)
+    world.run(10.0)
+    assert world.phase() is Phase.STOPPED
+    failure = world.states["a"].last_failure
+    assert failure is not None, "the history does not know that it crashed"
+    state = replace(world.states["a"], resume=True, is_by_hand=False, drain=False)
+    world.states = {"a": state}
+    world.run_until(lambda: world.phase() is Phase.READY, 2.0)
+    assert Phase.BACKOFF not in world.path()
+
+
+def test_a_model_that_is_drained_while_it_loads_stops_when_it_has_loaded() -> None:
+    world = World()
+    world["a"].loads_seconds = 5.0
+    world.run(1.0)
+    world.drain()
+    world.run(20.0)
+    assert (world.phase(), world.reason()) == (Phase.STOPPED, "drained")
+
+
+def test_started_by_hand_a_drained_model_serves_again() -> None:
+    """The newer word wins, and no drain is left from before."""
+    world = World().ready()
+    world.drain()
+    world.run(5.0)
+    assert world.phase() is Phase.STOPPED
+    world.begin("a")
+    world.run(60.0)
+    assert world.phase() is Phase.READY

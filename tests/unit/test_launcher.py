@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import socket
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -404,9 +405,15 @@ def test_the_servers_command_line_says_where_it_listens(
 
 def test_the_servers_words_are_kept_as_they_are() -> None:
     words = ["--drain=1.5", "--term", "0", "--", "llama-server", "--", "--drain", "x y", "ä\n"]
-    policy, found = launcher.parse_command(words, {})
+    policy, found, record = launcher.parse_command(words, {})
     assert policy == Policy(1.5, 0.0)
     assert found.argv == ("llama-server", "--", "--drain", "x y", "ä\n")
+    assert record == ""
+
+
+@pytest.mark.parametrize("words", [["--record", "/r/a b.run"], ["--record=/r/a b.run"]])
+def test_the_file_that_names_a_run_is_known(words: list[str]) -> None:
+    assert launcher.parse_command([*words, "--", "x"], {}).record == "/r/a b.run"
 
 
 @pytest.mark.parametrize(
@@ -415,6 +422,7 @@ def test_the_servers_words_are_kept_as_they_are() -> None:
         [], ["--"], ["--drain", "5"], ["--drain"], ["--drain", "--", "x"],
         ["--drain", "-1", "--", "x"],
         ["--drain=nan", "--", "x"], ["--drain=inf", "--", "x"], ["--drain=", "--", "x"],
+        ["--record", "--", "x"], ["--record=", "--", "x"], ["--record"],
         ["--term=two", "--", "x"], ["--other", "--", "x"], ["llama-server"],
     ],
 )  # fmt: skip
@@ -641,3 +649,83 @@ TABLE = b"""  sl  local_address rem_address   st tx_queue rx_queue tr tm->when r
 def test_only_the_servers_own_side_of_a_connection_is_read() -> None:
     assert launcher.parse_tcp_table(TABLE, 8100) == [(0x0A, 4711), (0x01, 4712), (0x08, 4714)]
     assert launcher.parse_tcp_table(b"", 8100) == []
+
+
+# --- the record of a run -------------------------------------------------------------------------
+
+
+def test_a_record_names_us_and_when_we_were_started(tmp_path: Path) -> None:
+    record = tmp_path / "a.run"
+    launcher.write_record(str(record))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.run"]
+    pid, started = record.read_text("ascii").split(None, 1)
+    assert int(pid) == os.getpid()
+    assert started.strip()
+
+
+def test_a_record_is_removed_by_whom_it_names(tmp_path: Path) -> None:
+    record = tmp_path / "a.run"
+    launcher.write_record(str(record))
+    launcher.clear_record(str(record))
+    launcher.clear_record(str(record))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_record_of_the_run_that_followed_is_left_alone(tmp_path: Path) -> None:
+    """A launcher whose supervisord died drains on while the next one has started another."""
+    record = tmp_path / "a.run"
+    record.write_text("1 12345\n")
+    launcher.clear_record(str(record))
+    assert record.read_text() == "1 12345\n"
+
+
+def test_a_record_that_cannot_be_written_costs_nothing_and_leaves_nothing(tmp_path: Path) -> None:
+    """A full disk, or something else in its place."""
+    record = tmp_path / "a.run"
+    (record / "x").mkdir(parents=True)
+    launcher.write_record(str(record))
+    launcher.write_record(str(tmp_path / "nowhere" / "a.run"))
+    launcher.clear_record(str(record))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.run"]
+    assert (record / "x").is_dir()
+
+
+GONE = 2**22 + 7  # above the largest number that a process can have
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "\n", "x", "4711", f"{GONE}", f"{GONE} ", "-1 5", "0 5", "1 5", "-1", "1e3 5", "+1 5",
+        f"{GONE} 5", f"{os.getpid()} 5", f"{os.getppid()} 5", f"{os.getpgrp()} 5", "9" * 190 + " 5",
+        "9" * 100_000, "\0" * 300, "\xff\xfe 5", "١٢ 5", "5 5\n6 6", "../../etc/passwd 5", "self 5",
+    ],
+    ids=lambda text: ascii(text[:20]),
+)  # fmt: skip
+def test_a_torn_or_hostile_record_ends_nobody(tmp_path: Path, text: str) -> None:
+    record = tmp_path / "a.run"
+    record.write_text(text)
+    assert launcher.end_orphans(str(record)) == []
+
+
+@pytest.mark.parametrize("kind", ["none", "folder", "pipe", "link to nothing", "link to a folder"])
+def test_what_is_no_file_is_no_record_and_is_not_waited_for(tmp_path: Path, kind: str) -> None:
+    record = tmp_path / "a.run"
+    match kind:
+        case "folder":
+            record.mkdir()
+        case "pipe":
+            os.mkfifo(record)
+        case "link to nothing":
+            record.symlink_to(tmp_path / "nothing")
+        case "link to a folder":
+            record.symlink_to(tmp_path)
+    assert launcher.end_orphans(str(record)) == []
+
+
+@given(st.binary(max_size=300))
+def test_whatever_a_record_holds_it_is_read_or_ignored(data: bytes) -> None:
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(data)
+        file.flush()
+        assert launcher.end_orphans(file.name) == []

@@ -88,3 +88,22 @@ def test_old_answers_are_forgotten_before_new_ones() -> None:
     known = [command for command in posted if box.is_known(command)]
     assert known == posted[-len(known) :]
     assert 100 <= len(known) <= 2000
+
+
+def test_a_command_about_two_models_names_both_and_one_about_one_names_none_beside() -> None:
+    box = Mailbox()
+    box.post("swap", "old", "new")
+    box.post("drain", "old")
+    assert [(one.verb, one.model, one.other) for one in box.waiting()] == [
+        ("swap", "old", "new"), ("drain", "old", ""),
+    ]  # fmt: skip
+
+
+def test_a_swap_that_takes_hours_waits_without_holding_up_others() -> None:
+    """The listener answers those that are done, in any order."""
+    box = Mailbox()
+    slow, quick = box.post("swap", "a", "b"), box.post("enable", "c")
+    box.answer(quick, DONE)
+    assert [command.id for command in box.waiting()] == [slow]
+    assert box.answer_to(slow) is None
+    assert box.is_known(slow)

@@ -254,6 +254,121 @@ def test_a_password_that_is_missing_is_left_to_supervisorctl(ctl: Terminal) -> N
     assert "requires authentication" in said.out
 
 
+# --- commands that are given to the listener -----------------------------------------------------
+
+
+def method_of(request: bytes) -> str:
+    """`synapse.swap` …"""
+    _, method = xmlrpc.client.loads(request.partition(b"\r\n\r\n")[2])
+    assert method is not None
+    return method
+
+
+def arguments_of(request: bytes) -> tuple[Any, ...]:
+    arguments, _ = xmlrpc.client.loads(request.partition(b"\r\n\r\n")[2])
+    return arguments
+
+
+def by_method(**scripts: Script | list[Script]) -> Script:
+    """Choose by the method; of a list the next one each time, and the last for ever."""
+
+    def script(connection: socket.socket, request: bytes) -> None:
+        chosen = scripts[method_of(request).removeprefix("synapse.")]
+        if isinstance(chosen, list):
+            chosen = chosen.pop(0) if len(chosen) > 1 else chosen[0]
+        asked.append(request)
+        chosen(connection, request)
+
+    asked: list[bytes] = []
+    script.asked = asked  # type: ignore[attr-defined]
+    return script
+
+
+def result(ok: bool, message: str) -> Script:
+    return answer(json.dumps({"ok": ok, "message": message}))
+
+
+def test_swap_waits_until_all_is_done_and_says_what_was_reached(ctl: Terminal) -> None:
+    done = result(True, "b serves, a is stopped")
+    script = by_method(swap=answer("e-1"), result=[answer(""), answer(""), done])
+    said = ctl.ask("swap a b", script)
+    assert said == Said(0, "b serves, a is stopped\n", "")
+    asked = script.asked  # type: ignore[attr-defined]
+    assert [method_of(request) for request in asked] == ["synapse.swap"] + ["synapse.result"] * 3
+    assert [arguments_of(request) for request in asked] == [("a", "b")] + [("e-1",)] * 3
+
+
+def test_a_swap_that_failed_is_a_failure_in_the_listeners_words(ctl: Terminal) -> None:
+    words = "b did not become ready (out-of-memory); a is back"
+    said = ctl.ask("swap a b", by_method(swap=answer("e-1"), result=result(False, words)))
+    assert said == Said(1, words + "\n", "")
+
+
+@pytest.mark.parametrize("line", ["swap", "swap a", "swap a b c"])
+def test_a_swap_takes_two_names(ctl: Terminal, line: str) -> None:
+    """Said before anything is asked."""
+    said = ctl.type(line)
+    assert said.status == 2
+    assert "swap OLD NEW" in said.out
+
+
+def test_a_swap_with_a_model_that_there_is_none_of_is_a_failure(ctl: Terminal) -> None:
+    said = ctl.ask("swap a nobody", by_method(swap=fault(10, "BAD_NAME: there is no such model")))
+    assert said == Said(1, "swap a nobody: ERROR (no such model)\n", "")
+
+
+def test_a_swap_with_itself_is_a_failure_in_supervisords_words(ctl: Terminal) -> None:
+    words = "INCORRECT_PARAMETERS: a model cannot take its own place"
+    said = ctl.ask("swap a a", by_method(swap=fault(2, words)))
+    assert said == Said(1, words + "\n", "")
+
+
+def test_a_supervisord_that_was_restarted_meanwhile_is_not_taken_for_a_missing_model(
+    ctl: Terminal,
+) -> None:
+    """The new one carries on with the swap, and knows nothing of who asked."""
+    lost = fault(10, "BAD_NAME: there is no such command")
+    said = ctl.ask("swap a b", by_method(swap=answer("e-1"), result=[answer(""), lost]))
+    assert said.status == 1
+    assert "supervisord was restarted" in said.out
+    assert "no such model" not in said.out
+
+
+@pytest.mark.parametrize("verb", ["enable", "disable", "drain"])
+def test_each_model_of_a_command_is_answered(ctl: Terminal, verb: str) -> None:
+    script = by_method(
+        **{verb: [answer("e-1"), fault(10, "BAD_NAME"), answer("e-2")]},
+        result=[result(True, "a: done"), result(False, "c: does not run")],
+    )
+    said = ctl.ask(f"{verb} a b c", script)
+    assert said.out.splitlines() == ["a: done", "b: ERROR (no such model)", "c: does not run"]
+    assert said.status == 1
+
+
+@pytest.mark.parametrize("verb", ["enable", "disable", "drain"])
+def test_a_command_without_a_name_is_bad_usage(ctl: Terminal, verb: str) -> None:
+    said = ctl.type(verb)
+    assert said.status == 2
+    assert f"{verb} NAME ..." in said.out
+
+
+@pytest.mark.parametrize("text", ["x", "[]", "{}", '{"ok": true}', "1", "null"])
+def test_an_answer_that_cannot_be_read_is_a_failure(ctl: Terminal, text: str) -> None:
+    said = ctl.ask("drain a", by_method(drain=answer("e-1"), result=answer(text)))
+    assert said == Said(1, "a: ERROR (cannot read the answer)\n", "")
+
+
+def test_what_the_listener_answers_cannot_steer_the_terminal(ctl: Terminal) -> None:
+    script = by_method(drain=answer("e-1"), result=result(True, "a\x1b[2J\nb"))
+    assert ctl.ask("drain a", script).out == "a [2J b\n"
+
+
+@pytest.mark.parametrize("verb", ["enable", "disable", "drain", "swap"])
+def test_each_command_is_listed_and_explained(ctl: Terminal, verb: str) -> None:
+    assert verb in ctl.type("help").out.split()
+    assert ctl.type(f"help {verb}").out.splitlines()[-1].startswith(f"{verb} ")
+
+
 # --- usage ---------------------------------------------------------------------------------------
 
 

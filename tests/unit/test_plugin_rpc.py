@@ -273,6 +273,92 @@ def test_options_of_the_section_do_not_stop_supervisord() -> None:
     assert call(plugin.make_rpcinterface(Host(), anything="x"), "models") == ""
 
 
+# --- commands ------------------------------------------------------------------------------------
+
+
+def heard(namespace: Any) -> list[tuple[str, str, str]]:
+    """What the listener finds, oldest first."""
+    waiting = json.loads(call(namespace, "requests"))
+    return [(one["verb"], one["model"], one["other"]) for one in waiting]
+
+
+def test_a_swap_reaches_the_listener_with_both_models_and_its_answer_the_client() -> None:
+    namespace = plugged(Host(a=Process(), b=Process(ProcessStates.STOPPED)))
+    command = call(namespace, "swap", "a", "b")
+    assert heard(namespace) == [("swap", "a", "b")]
+    assert call(namespace, "result", command) == ""
+    call(namespace, "answer", command, True, "b serves, a is stopped")
+    said = json.loads(call(namespace, "result", command))
+    assert said == {"ok": True, "message": "b serves, a is stopped"}
+    assert heard(namespace) == []
+
+
+@pytest.mark.parametrize("verb", ["enable", "disable", "drain"])
+def test_a_command_about_one_model_reaches_the_listener(verb: str) -> None:
+    namespace = plugged(Host(a=Process()))
+    command = call(namespace, verb, "a")
+    assert heard(namespace) == [(verb, "a", "")]
+    assert call(namespace, "publish", text_of()) == 1
+    assert call(namespace, "beat") == 1
+    call(namespace, "answer", command, False, "a: does not run")
+    assert call(namespace, "beat") == 0
+
+
+def test_each_command_wakes_the_listener() -> None:
+    woken: list[tuple[str, str]] = []
+    events.subscribe(
+        events.RemoteCommunicationEvent, lambda event: woken.append((event.type, event.data))
+    )
+    namespace = plugged(Host(a=Process(), b=Process()))
+    call(namespace, "swap", "a", "b")
+    call(namespace, "drain", "a")
+    assert woken == [("synapse", "swap"), ("synapse", "drain")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fault"),
+    [
+        (("a", "a"), Faults.INCORRECT_PARAMETERS),
+        (("a", "nobody"), Faults.BAD_NAME), (("nobody", "a"), Faults.BAD_NAME),
+        (("nobody", "nobody"), Faults.INCORRECT_PARAMETERS),
+        (("a", "cat"), Faults.BAD_NAME), (("cat", "a"), Faults.BAD_NAME),
+        (("a", 1), Faults.BAD_NAME), ((1, "a"), Faults.BAD_NAME),
+        (("a", ["b"]), Faults.BAD_NAME), (({}, "a"), Faults.BAD_NAME),
+        (("a", ""), Faults.BAD_NAME), (("a", "all"), Faults.BAD_NAME),
+        (("a", "b:*"), Faults.BAD_NAME),
+        (("a",), Faults.INCORRECT_PARAMETERS), (("a", "b", "c"), Faults.INCORRECT_PARAMETERS),
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_a_swap_of_what_is_no_pair_of_models_is_refused_at_once(
+    arguments: tuple[object, ...], fault: int
+) -> None:
+    namespace = plugged(Host(a=Process(), b=Process(), cat=Process(command="/bin/cat")))
+    assert code(namespace, "swap", *arguments) == fault
+    assert heard(namespace) == []
+
+
+@given(st.text() | st.integers() | st.none() | JSON)
+def test_no_name_from_outside_breaks_a_command(name: object) -> None:
+    namespace = plugged(Host(a=Process()))
+    for arguments in (("drain", name), ("swap", "a", name), ("swap", name, "a")):
+        assert code(namespace, *arguments) in (
+            {Faults.BAD_NAME, Faults.INCORRECT_PARAMETERS} if name != "a" else {None, 2}
+        )
+
+
+def test_where_too_many_commands_wait_the_next_is_refused() -> None:
+    namespace = plugged(Host(a=Process(), b=Process()))
+    faults = [code(namespace, "swap", "a", "b") for _ in range(300)]
+    assert faults[0] is None
+    assert faults[-1] == Faults.FAILED
+
+
+@pytest.mark.parametrize("command", ["", "x", "e-1", 1, None, []])
+def test_the_result_of_no_command_is_a_fault(command: object) -> None:
+    assert code(plugged(), "result", command) == Faults.BAD_NAME
+
+
 # --- one supervisord -----------------------------------------------------------------------------
 
 

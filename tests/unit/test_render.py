@@ -38,6 +38,7 @@ KEYS = {
 }  # fmt: skip
 LAUNCHER = ("/opt/My Tools/synapse-run",)
 ENGINE = "/opt/llama/llama-server"
+RUN_FOLDER = "/run/our models"
 PATH = frozenset(string.ascii_letters + string.digits + "_@+=:,./-")  # may stand anywhere
 FORBIDDEN = frozenset("\n\r\t\0;#'\\()`$&<>!?~")  # must stand nowhere
 
@@ -53,7 +54,7 @@ def around(tmp_path_factory: pytest.TempPathFactory) -> render.Surroundings:
 def surroundings(folder: Path, **changes: Any) -> render.Surroundings:
     values: dict[str, Any] = {
         "launcher": LAUNCHER, "engine": engine(path=ENGINE), "stop": StopPolicy(30, 2),
-        "directory": str(folder), "log_folder": str(folder),
+        "directory": str(folder), "log_folder": str(folder), "run_folder": RUN_FOLDER,
     }  # fmt: skip
     return render.Surroundings(**(values | changes))
 
@@ -83,8 +84,8 @@ def command_of(meant: Program) -> list[str]:
     """The launcher and its bounds, then the engine with the files and the arguments."""
     projector = ["--mmproj", meant.projector_path] if meant.projector_path is not None else []
     return [
-        *LAUNCHER, "--drain", "30", "--term", "2", "--", ENGINE, "--model", meant.model_path,
-        *projector, *meant.arguments,
+        *LAUNCHER, "--drain", "30", "--term", "2", "--record", f"{RUN_FOLDER}/{meant.name}.run",
+        "--", ENGINE, "--model", meant.model_path, *projector, *meant.arguments,
     ]  # fmt: skip
 
 
@@ -233,7 +234,7 @@ def test_no_hostile_text_passes_in_any_value(
         assert_refused(program(arguments=("--x", text)), around)
     assert not render.is_safe_path("/m/" + text)
     folder = Path(around.directory)
-    for change in ("directory", "log_folder"):
+    for change in ("directory", "log_folder", "run_folder"):
         assert_refused(program(), surroundings(folder, **{change: f"/m/{text}"}))
     libraries = engine(path=ENGINE, library_path=f"/m/{text}")
     assert_refused(program(), surroundings(folder, engine=libraries))
