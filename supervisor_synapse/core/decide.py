@@ -268,6 +268,8 @@ def _at_rest(state: ModelState, seen: Seen) -> ModelState:
 def _running(state: ModelState, seen: Seen, now: Now, policy: Policy) -> ModelState:
     """Startup, then readiness, then liveness; no evidence changes nothing."""
     state = replace(state, resume=False)  # it runs: whoever stops it from now on is heeded
+    if state.killed_at is not None:
+        return state  # what a killed server answers, or no longer answers, is no evidence
     match seen.verdict:
         case Verdict.UNKNOWN | Verdict.MISSED:
             if state.phase in (Phase.READY, Phase.UNHEALTHY, Phase.LOADING):
@@ -412,7 +414,9 @@ def _kills(seen: Sequence[Seen], after: dict[str, ModelState], now: Now) -> Iter
     is_one_out = any(state.is_out for state in after.values())
     for one in seen:
         state = after[one.name]
-        if one.verdict not in BAD or state.condemned is None or one.incarnation is None:
+        if state.condemned is None or one.incarnation is None:
+            continue
+        if one.verdict not in BAD and state.killed_at is None:
             continue
         if state.killed_at is not None and now.monotonic - state.killed_at < _KILL_AGAIN_SECONDS:
             continue
