@@ -257,6 +257,7 @@ class Listener:
         try:
             await self._to_disk(partial(states.save, self._deployment.state, self._boot, current))
             self._saved = current
+            self._complained.pop("state not written", None)
         except OSError as error:
             self._complain("state not written", error)
 
@@ -278,7 +279,7 @@ class Listener:
         now = time.monotonic()
         if now - self._complained.get(what, -_REPEAT_SECONDS) >= _REPEAT_SECONDS:
             self._complained[what] = now
-            _log.warning(what, extra={"reason": error.strerror})
+            _log.warning(what, extra={"file": error.filename, "reason": error.strerror})
 
     async def _publish(self, seen: Iterable[Seen]) -> None:
         """Hand the plugin what is new; where nothing is, a sign of life."""

@@ -835,15 +835,16 @@ def test_a_cache_that_may_not_be_read_removes_nothing(steady: Steady) -> None:
 
 
 def test_an_unreadable_folder_costs_only_what_is_in_it(changing: Steady) -> None:
-    """The repo in it is reported; the others are served on, by the same process."""
+    """The folder is reported, and its model stays as it is; the others are served on."""
     at = changing.at
-    pid = at.pids()[GOOD]
+    pids = at.pids()
     with _mode(at.hub.repo("acme/other"), 0o000):
         done = _without_privilege(at, "discover", "--json")
-        (problem,) = done.json()["problems"]
-    assert "acme--other" in problem["subject"]
-    assert "chmod" in problem["remedy"]
-    assert at.pids()[GOOD] == pid
+        problems = done.json()["problems"]
+    folder = next(problem for problem in problems if "acme--other" in problem["subject"])
+    assert "chmod" in folder["remedy"]
+    assert done.json()["changes"]["removed"] == []
+    assert at.pids() == pids
 
 
 # --- two at once, and where a prefix may lie -----------------------------------------------------

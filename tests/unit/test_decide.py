@@ -1334,3 +1334,20 @@ def test_started_by_hand_a_drained_model_serves_again() -> None:
     world.begin("a")
     world.run(60.0)
     assert world.phase() is Phase.READY
+
+
+@pytest.mark.parametrize("answer", [Verdict.READY, Verdict.MISSED, Verdict.UNKNOWN])
+def test_what_a_killed_server_seems_to_answer_does_not_clear_it(answer: Verdict) -> None:
+    """Between the kill and its burial supervisord says RUNNING, and questions end in odd ways."""
+    run = Incarnation(7, 70)
+    up = Seen("a", True, "", ProcessState.RUNNING, run, 70, verdict=Verdict.READY)
+    wedged = replace(up, verdict=Verdict.WEDGED, verdict_reason="nothing moved")
+    states: Mapping[str, ModelState] = {}
+    for second, one in enumerate((up, wedged, replace(up, verdict=answer))):
+        decision = decide(states, [one], Now(float(second), 0.0), Policy())
+        states = decision.states
+    assert states["a"].phase is Phase.UNHEALTHY
+    ended = replace(up, state=ProcessState.EXITED, incarnation=None, ending=Ending(-1, ""))
+    failure = decide(states, [ended], Now(3.0, 0.0), Policy()).states["a"].last_failure
+    assert failure is not None
+    assert failure.failure_class is FailureClass.WEDGED

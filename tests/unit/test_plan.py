@@ -890,9 +890,7 @@ def test_a_folder_that_cannot_be_seen_costs_its_models_nothing_while_others_are_
     put(deployment, "a", "b")
     disk = deployment.prefix.parent / "disk"
     write_model(disk / "c.gguf")
-    both = settings_of(
-        deployment, model_dirs=(str(deployment.prefix.parent / "models"), str(disk))
-    )
+    both = settings_of(deployment, model_dirs=(str(deployment.prefix.parent / "models"), str(disk)))
     look_and_apply(deployment, both)
     before = conf_d(deployment)
     disk.rename(disk.with_name("unmounted"))
