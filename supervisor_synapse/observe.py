@@ -37,10 +37,13 @@ from supervisor_synapse.core.settings import MIB, ProbePolicy
 _LOADING_PROBE_SECONDS = 0.1
 _LONG_LOADING_PROBE_SECONDS = 0.5
 _LONG_LOADING_SECONDS = 5.0
+_DRAIN_PROBE_SECONDS = 0.5
 _SHORTEST_PAUSE_SECONDS = 0.05
 _FIRST_ANSWER_SECONDS = 0.1
 _FOOTPRINT_SECONDS = 0.25
 _MEMORY_SECONDS = 30.0
+_SETTLING_MEMORY_SECONDS = 5.0
+_SETTLED_SECONDS = 60.0
 _PATIENCE_MARGIN_SECONDS = 10.0  # a patient question outlives the verdict that it leads to
 _SLEEP_FLAG = "--sleep-idle-seconds"
 _DOZE_MARGIN_SECONDS = 1.0
@@ -82,6 +85,9 @@ class Watched:
     since: float
     doze_seconds: float = 0.0  # idle and not asked for its counters for so long, it sleeps
     told_at: float = 0.0  # when its counters came
+    told_asked_at: float = 0.0  # and when they had been asked for
+    drain_at: float | None = None  # it stops when it is idle, since then
+    hurry: asyncio.Event = field(default_factory=asyncio.Event)  # to ask now
     logged_bytes: int = -1
     memory_bytes: int | None = None  # on its device
     device: Device | None = None  # where that is not the host
@@ -147,6 +153,7 @@ class Observer:
         self._forget({program.name: found[program.name] for program in known})
         for program in known:
             await self._watch(program, found[program.name], states.get(program.name))
+            self._note_drain(program.name, states)
         await self._await_first_answers()
         return [
             await self._see(program, found[program.name], wanted[program.name]) for program in known
@@ -202,6 +209,14 @@ class Observer:
         watched.tending = asyncio.create_task(self._tend(program, process, watched))
         self._watched[program.name] = watched
         self._leaving.pop(program.name, None)
+
+    def _note_drain(self, name: str, states: Mapping[str, ModelState]) -> None:
+        """What its slots did before a drain was asked for says nothing: it is asked anew."""
+        watched, state = self._watched.get(name), states.get(name)
+        if watched is None or state is None or state.drain is (watched.drain_at is not None):
+            return
+        watched.drain_at = time.monotonic() if state.drain else None
+        watched.hurry.set()
 
     async def _await_first_answers(self) -> None:
         """A run that was never asked is judged only after a first answer, if that is quick."""
@@ -265,15 +280,20 @@ class Observer:
             except Exception:
                 _log.exception("probe failed", extra={"model": program.name})
             watched.answered.set()
-            if self._verdict(watched) is not before:
+            is_drained = watched.drain_at is not None and not is_busy(watched)
+            if self._verdict(watched) is not before or is_drained:
                 self._wake()
             pause = self._pause(watched) - (time.monotonic() - begun)
-            await asyncio.sleep(max(pause, _SHORTEST_PAUSE_SECONDS))
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(watched.hurry.wait(), max(pause, _SHORTEST_PAUSE_SECONDS))
+            watched.hurry.clear()
 
     def _verdict(self, watched: Watched) -> Verdict:
         return probes.judge(watched.live, time.monotonic(), self._policy)[0]
 
     def _pause(self, watched: Watched) -> float:
+        if watched.drain_at is not None:
+            return min(_DRAIN_PROBE_SECONDS, self._policy.period_seconds)
         if watched.live.was_ready:
             return self._policy.period_seconds
         if time.monotonic() - watched.since < _LONG_LOADING_SECONDS:
@@ -303,7 +323,10 @@ class Observer:
         before, activity = watched.logged_bytes, watched.live.activity
         watched.logged_bytes = await self._on(self._aside, _size, process.logfile)
         is_idle = activity is not None and activity.busy == 0 and watched.asking is None
-        is_due = time.monotonic() - watched.told_at >= watched.doze_seconds
+        is_due = (
+            watched.drain_at is not None
+            or time.monotonic() - watched.told_at >= watched.doze_seconds
+        )
         return is_idle and watched.logged_bytes == before and not is_due
 
     async def _ask_health(self, watched: Watched) -> None:
@@ -312,6 +335,7 @@ class Observer:
             port, pid = watched.served.port, watched.incarnation.pid
             foreign = await self._on(self._aside, partial(sockets.foreign_listener, port), pid)
             watched.live = replace(watched.live, foreign=foreign)
+            watched.measured_at = 0.0  # what it took on the way says little: measure it now
         watched.live = probes.on_health(watched.live, health, time.monotonic())
         if health is Health.SILENT:
             pid = watched.incarnation.pid
@@ -338,7 +362,7 @@ class Observer:
         if not told.answered:
             watched.live = replace(probes.on_unanswered(watched.live), activity=None)
             return
-        watched.told_at = now
+        watched.told_at, watched.told_asked_at = now, asked_at
         if watched.live.activity is None:  # that they stand still shows from now on
             watched.live = replace(watched.live, moved_at=now)
         watched.live = probes.on_activity(watched.live, told.activity, now)
@@ -369,7 +393,7 @@ class Observer:
         """
         now = time.monotonic()
         ready = watched.live.was_ready and watched.live.health is not Health.LOADING
-        if now - watched.measured_at < (_MEMORY_SECONDS if ready else _FOOTPRINT_SECONDS):
+        if now - watched.measured_at < _measure_seconds(now - watched.since, ready=ready):
             return
         watched.measured_at = now
         pid = watched.incarnation.pid
@@ -392,7 +416,7 @@ class Observer:
             name=program.name, enabled=wanted.enabled, why=wanted.why, state=process.state,
             incarnation=incarnation_of(process), run=process.start,
             age_seconds=max(process.now - process.start, 0), verdict=verdict,
-            verdict_reason=reason, busy=bool(watched and slots_busy(watched)),
+            verdict_reason=reason, busy=watched is not None and is_busy(watched),
             ending=await self._ending(process), spawn_error=process.spawnerr,
             file_stamp=await self._file_stamp(program, process),
             is_leaving=leaving is not None and not leaving.is_over,
@@ -443,6 +467,19 @@ def slots_busy(watched: Watched) -> int | None:
     if activity is None:
         return None
     return max(activity.busy - (watched.live.canary_at is not None), 0)
+
+
+def is_busy(watched: Watched) -> bool:
+    """Whether slots work; what is to be drained may, until it has said that they do not."""
+    is_told = watched.drain_at is None or watched.told_asked_at >= watched.drain_at
+    return bool(slots_busy(watched)) or not (is_told or watched.live.is_asleep)
+
+
+def _measure_seconds(age_seconds: float, *, ready: bool) -> float:
+    """Often while it loads, and while it settles."""
+    if not ready:
+        return _FOOTPRINT_SECONDS
+    return _MEMORY_SECONDS if age_seconds > _SETTLED_SECONDS else _SETTLING_MEMORY_SECONDS
 
 
 def _measure_ready(watched: Watched) -> None:

@@ -29,7 +29,7 @@ class Entry:
     name: str
     key: str
     choice: Choice
-    digests: tuple[str, ...]  # sha256 of the blocks that discovery wrote, newest first
+    digests: tuple[str, ...]  # sha256 of what discovery writes; with older ones until that is done
     present: bool  # found the last time
 
 
@@ -45,7 +45,7 @@ class Registry:
     settings: Settings = field(default_factory=Settings)
     generation: int = 0
     demo: bool = False  # the generated model is wanted beside others
-    devices: tuple[Device, ...] = ()  # as the engine listed them then
+    devices: tuple[Device, ...] = ()  # as the engine listed them; what was free then is left out
     version: int = _VERSION
 
     def names(self) -> dict[str, str]:
@@ -100,6 +100,14 @@ def load(path: Path) -> Registry:
     return registry
 
 
+def settled(registry: Registry) -> Registry:
+    """The registry when all blocks stand: only the newest text of each is ours."""
+    entries = {
+        key: replace(entry, digests=entry.digests[:1]) for key, entry in registry.entries.items()
+    }
+    return replace(registry, entries=entries)
+
+
 def is_same(one: Registry, other: Registry) -> bool:
     """Whether nothing differs but the reasons, which name the memory that was free just then."""
     return _without_reasons(one) == _without_reasons(other)
@@ -107,8 +115,7 @@ def is_same(one: Registry, other: Registry) -> bool:
 
 def _without_reasons(registry: Registry) -> Registry:
     programs = tuple(replace(program, reason="") for program in registry.programs)
-    devices = tuple(replace(device, free_bytes=0) for device in registry.devices)
-    return replace(registry, programs=programs, devices=devices)
+    return replace(registry, programs=programs)
 
 
 def save(path: Path, registry: Registry) -> None:

@@ -70,8 +70,7 @@ def classify(ending: Ending, *, was_ready: bool = False) -> tuple[FailureClass, 
     A server that aborts without a word while it loads has found no memory.
     """
     lines = _lines_of_last_run(ending.log_tail)
-    telling = [line for line in lines if not line.startswith(_PLAIN_END)]
-    last = (printable(telling[-1]) if telling else "") or _describe(ending.exit_status)
+    last = _most_telling(lines) or _describe(ending.exit_status)
     refusal = _STATUSES.get(ending.exit_status)
     if refusal is not None and not was_ready:
         return refusal, last  # before a server ran; a file's name in the line proves nothing

@@ -59,6 +59,12 @@ class Phase(Enum):
     FAILED = "failed"
 
 
+# A model in one of these is on its way to another; look again soon.
+UNDER_WAY = frozenset(
+    {Phase.PENDING, Phase.LOADING, Phase.DRAINING, Phase.STOPPING, Phase.VERIFYING}
+)
+
+
 class ProcessState(IntEnum):
     """supervisord's own states of a process (supervisor.states.ProcessStates)."""
 

@@ -15,6 +15,7 @@ import json
 import os
 import pty
 import random
+import re
 import select
 import shlex
 import shutil
@@ -390,7 +391,7 @@ class Deployment:
         mark = "synapse-run: stopped: "
         lines = (self.log / f"{name}.log").read_text("utf-8", "replace").splitlines()
         said = [line.removeprefix(mark) for line in lines if line.startswith(mark)]
-        return [dict(field.split("=", 1) for field in line.split(", ")) for line in said]
+        return [dict(re.findall(r"(\w+)=([^,]*)", line)) for line in said]
 
     def wait_for_step(
         self, name: str, since: float, seconds: float, *, to: str = "", out_of: str = ""

@@ -315,7 +315,7 @@ ENDINGS = {
     ),
     "a kill": (
         killed_by(signal.SIGKILL),
-        "server=SIGKILL, seconds=2.50 (killed from outside; by the kernel, where memory ran out)",
+        "server=SIGKILL, seconds=2.50 (by somebody, or by the kernel because memory ran out)",
     ),
     "an abort": (killed_by(signal.SIGABRT), "server=SIGABRT, seconds=2.50"),
 }

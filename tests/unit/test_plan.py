@@ -827,7 +827,42 @@ def test_a_hand_edit_is_kept_and_ours_goes_beside_it_only_when_it_changed(
     assert "--parallel 2" in files["a.conf.new"]
     assert [line.partition(":")[0] for line in said] == ["a"]
     assert "a.conf.new" in said[0]
-    assert look_and_apply(deployment, changed)[1] == []
+    beside = (deployment.blocks / "a.conf.new").stat()
+    found, said = look_and_apply(deployment, changed)
+    assert len(said) == 1  # it waits
+    assert "--force a" in said[0]
+    assert (deployment.blocks / "a.conf.new").stat() == beside
+    (program,) = (one for one in found.plan.programs if one.name == "a")
+    assert program.reason.startswith("edited by hand")
+    look_and_apply(deployment, changed, forced=["a"])
+    assert conf_d(deployment).keys() == {"a.conf", "b.conf"}
+    assert "--parallel 2" in conf_d(deployment)["a.conf"]
+
+
+def test_a_hand_edit_back_to_an_older_text_is_an_edit_too(deployment: Deployment) -> None:
+    put(deployment, "a")
+    look_and_apply(deployment)
+    older = conf_d(deployment)["a.conf"]
+    changed = settings_of(deployment, models=(section("a", parallel=2),))
+    look_and_apply(deployment, changed)
+    deployment.block("a").write_text(older)
+    found, _ = look_and_apply(deployment, changed)
+    assert found.changes == Changes(kept=("a",))
+    assert conf_d(deployment)["a.conf"] == older
+
+
+def test_a_served_model_whose_file_is_damaged_is_left_alone(deployment: Deployment) -> None:
+    """What serves it has it in memory; that it could not be started again is said."""
+    put(deployment, "a", "b")
+    look_and_apply(deployment)
+    before = conf_d(deployment)
+    file = deployment.prefix.parent / "models" / "a.gguf"
+    file.write_bytes(file.read_bytes()[:200])
+    found, _ = look_and_apply(deployment)
+    assert found.changes == Changes(unchanged=("b",), kept=("a",))
+    assert sum("a.gguf" in problem.subject for problem in found.problems) == 1
+    assert any(problem.subject == "a" for problem in found.problems)
+    assert conf_d(deployment) == before
 
 
 def test_force_takes_a_hand_edit_back(deployment: Deployment) -> None:
