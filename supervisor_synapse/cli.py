@@ -70,15 +70,14 @@ def _parser() -> argparse.ArgumentParser:
         prog="synapse", description="Manages the life of local llama.cpp servers in supervisord."
     )
     parser.add_argument("--version", action="version", version=f"synapse {VERSION}")
-    parser.add_argument(
-        "--prefix", metavar="DIR",
-        help="the deployment (default: $SYNAPSE_PREFIX, else ~/.synapse)",
-    )  # fmt: skip
+    _add_prefix(parser, default=None)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run: Any, summary: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=summary, description=summary)
         sub.set_defaults(run=run)
+        # Where it is not said here, what was said before the command holds.
+        _add_prefix(sub, default=argparse.SUPPRESS)
         return sub
 
     command("init", _init, "Lay down etc/ and var/; nothing is overwritten.")
@@ -99,6 +98,13 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--json", action="store_true")
     command("listen", _listen, "The event listener; run by supervisord.")
     return parser
+
+
+def _add_prefix(parser: argparse.ArgumentParser, default: str | None) -> None:
+    parser.add_argument(
+        "--prefix", metavar="DIR", default=default,
+        help="the deployment (default: $SYNAPSE_PREFIX, else ~/.synapse)",
+    )  # fmt: skip
 
 
 def _init(deployment: Deployment, _: argparse.Namespace) -> int:
@@ -196,15 +202,20 @@ def _up(deployment: Deployment, arguments: argparse.Namespace) -> int:
 def _find_or_make_models(
     deployment: Deployment, settings: Settings, rpc: Supervisord | None, *, demo: bool
 ) -> Discovery:
-    """What is there; where there is nothing, a small model is generated first."""
+    """What is there; where there is nothing, or `demo` is set, a small model is generated first."""
     from supervisor_synapse import discovery
+    from supervisor_synapse.adapters import demo_model
 
     found = discovery.discover(deployment, settings, rpc, demo=demo)
-    if not found.plan.programs and not found.registry.programs:
+    is_empty = not found.plan.programs and not found.registry.programs
+    has_demo = any(program.repo == demo_model.REPO for program in found.plan.programs)
+    if is_empty or (demo and not has_demo):
         path = discovery.generate_demo(settings)
         _say(
             f"No model was found, so a small one was generated for a first try: {path}\n"
             "A real one: `hf download REPO FILE.gguf`, then `synapse discover`."
+            if is_empty
+            else f"A small demonstration model was generated: {path}"
         )
         found = discovery.discover(deployment, settings, rpc, demo=demo)
     _show_problems(found.problems)
@@ -220,7 +231,7 @@ def _show_ready(rows: Sequence[Row], deployment: Deployment) -> None:
     hidden = len(rows) - len(shown)
     if shown and hidden:
         print(f"{hidden} more not enabled: `synapse plan` says why.")
-    example = next((row for row in shown if row.phase is Phase.READY), None)
+    example = report.example(shown)
     if example is not None:
         print(f"\nTry it:\n  {report.curl_line(example)}\n")
     print(f"More: {_supervisorctl(deployment)} models", flush=True)

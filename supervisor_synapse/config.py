@@ -240,6 +240,18 @@ class _Model(_Section):
     args: Annotated[tuple[str, ...] | None, _from_text(_parse_arguments)] = None
 
 
+_NOT_A_NUMBER = {
+    "int_parsing": "whole number", "int_parsing_size": "whole number",
+    "int_from_float": "whole number", "float_parsing": "number",
+}  # fmt: skip
+# Examples of keys that have no number as their default.
+_NUMBERS_OR_AUTO = {"port": 8150, "context": 16384, "parallel": 4, "gpu_layers": 99}
+_NUMBERS = {**_NUMBERS_OR_AUTO, "priority": 10, "sleep_idle_seconds": 600}
+_PATTERNS_IN_WORDS = {
+    "engine": "auto, or a path that begins with / or ~",
+    "alias": "a letter or digit, then at most 99 letters, digits and ._:/-",
+}
+
 _FIXED: dict[str, type[_Section]] = {
     "synapse": _Synapse, "probe": _Probe, "restart": _Restart, "stop": _Stop,
 }  # fmt: skip
@@ -366,8 +378,19 @@ def _explain(section: str, error: Any, model: type[_Section]) -> str:
     # A message of ours quotes what it may; `args` may hold a key, which a log must not.
     if isinstance(given, str) and error["type"] != "value_error":
         quoted = given if len(given) <= _LONGEST_QUOTED else f"{given[:_LONGEST_QUOTED]}..."
-        message = f"{quoted!a}: {message[0].lower()}{message[1:]}"
+        message = f"{quoted!a}{_in_our_words(error['type'], key, message, model)}"
     return f"{place}: {message}"
+
+
+def _in_our_words(kind: str, key: str, message: str, model: type[_Section]) -> str:
+    """What follows the value that was given: pydantic's words are made for programmers."""
+    if kind == "string_pattern_mismatch":
+        return f": must be {_PATTERNS_IN_WORDS[key]}"
+    if kind in _NOT_A_NUMBER:
+        example = _NUMBERS.get(key, model.model_fields[key].default)
+        otherwise = ", or auto" if key in _NUMBERS_OR_AUTO else ""
+        return f" is not a {_NOT_A_NUMBER[kind]} such as {example:g}{otherwise}"
+    return f": {message.replace('Input should be', 'must be')}"
 
 
 def _allowed(given: str, names: Iterable[str]) -> str:

@@ -44,6 +44,7 @@ from supervisor_synapse.core.plan import (
     compare,
     make_plan,
     repo_file,
+    unmatched_sections,
     with_port,
 )
 from supervisor_synapse.core.settings import Settings
@@ -99,7 +100,7 @@ def discover(
         devices=devices, engine=engine, earlier=earlier.choices() | forgotten,
         port_is_free=_port_check(settings.host, ours), intent=intent.load(deployment.intent),
     )  # fmt: skip
-    demo = demo or earlier.demo
+    demo = (demo or earlier.demo) and any(one.repo == demo_model.REPO for one in catalog.models)
     models = catalog.models if demo else _without_demo(catalog.models)
     plan, links = _reachable(make_plan(models, settings, world), deployment, earlier.paths())
     templates = render.Templates(deployment.templates)
@@ -126,6 +127,7 @@ def discover(
         *_lost_registry(deployment), *_missing_cache(settings, models), *found.problems,
         *map(_unseen, out_of_sight),
         *catalog.problems, *plan.problems, *refused.values(),
+        *unmatched_sections(settings, (*catalog.models, *plan.programs)),
     ]  # fmt: skip
     if changes.removed and none_found:
         problems.append(_all_gone(changes.removed))
@@ -149,13 +151,7 @@ def generate_demo(settings: Settings) -> Path:
         ConfigError: the cache cannot be written.
     """
     cache = Path(settings.cache_dirs[0] if settings.cache_dirs else hfcache.default_cache_dir())
-    try:
-        return demo_model.generate(cache)
-    except OSError as error:
-        raise ConfigError(
-            f"cannot generate a model in {cache}: {error.strerror}; make it writable, or name "
-            "another folder as cache_dirs in synapse.conf"
-        ) from None
+    return demo_model.generate(cache)
 
 
 def _running(rpc: Supervisord | None, earlier: Registry) -> tuple[Program, ...]:
@@ -449,7 +445,7 @@ def _lost_registry(deployment: Deployment) -> list[Problem]:
             str(deployment.registry),
             f"could not be used and was set aside as {aside.name}; "
             "ports are taken from the blocks in etc/conf.d, the rest is chosen anew",
-            "nothing; a block that is kept as edited by hand: `synapse discover --force MODEL`",
+            "`synapse discover --force MODEL`, where a block is kept as edited by hand",
         )
     ]
 

@@ -11,6 +11,7 @@ from supervisor_synapse import lifecycle, report
 from supervisor_synapse.adapters.supervisord import Supervisord
 from supervisor_synapse.core.model import Phase, Row
 
+_BAR_COLUMNS = 20  # beside a name, a phase and a time in a terminal of 80
 _ALMOST = 0.97  # a bar is full only when the model answers
 
 
@@ -22,8 +23,8 @@ def show_until_settled(
     if not console.is_terminal:
         return _follow(rpc, interrupts, expected, _Lines())
     with Progress(
-        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[phase]}"),
-        TimeElapsedColumn(), console=console, transient=True,
+        TextColumn("{task.description}"), BarColumn(_BAR_COLUMNS),
+        TextColumn("{task.fields[phase]}"), TimeElapsedColumn(), console=console, transient=True,
     ) as bars:  # fmt: skip
         return _follow(rpc, interrupts, expected, _Bars(bars))
 

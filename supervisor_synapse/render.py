@@ -19,6 +19,7 @@ import jinja2
 
 from supervisor_synapse.core.catalog import PROGRAM_NAME, RESERVED_NAMES
 from supervisor_synapse.core.model import Engine, Program
+from supervisor_synapse.core.plan import mib
 from supervisor_synapse.core.settings import StopPolicy
 from supervisor_synapse.errors import ConfigError
 
@@ -218,8 +219,16 @@ def _summary(program: Program) -> str:
     """A line for a person, made of values of ours alone."""
     return (
         f"{program.role.value}, {program.tier.label}, "
-        f"{program.parameters / 1e9:.2f}B parameters, {program.size_bytes / 2**20:.0f} MiB on disk"
+        f"{_count(program.parameters)} parameters, {mib(program.size_bytes)} on disk"
     )
+
+
+def _count(parameters: int) -> str:
+    """`1.54B`, `268M`, `34K`."""
+    for unit, size, decimals in (("B", 10**9, 2), ("M", 10**6, 0), ("K", 10**3, 0)):
+        if parameters >= size:
+            return f"{parameters / size:.{decimals}f}{unit}"
+    return str(parameters)
 
 
 def _plain(path: str) -> str:

@@ -14,9 +14,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from supervisor_synapse.core import plan as plans
 from supervisor_synapse.core.model import Device, Phase, Program, Role, Row
 
 _WIDTH_WITHOUT_TERMINAL = 160
+_NARROWEST_ON_ONE_LINE = 100
+_INDENT = "    "
 _NARROWEST_FOLD = 24
 
 _STYLES = {
@@ -37,35 +40,34 @@ _STYLES = {
 
 @dataclass(frozen=True, slots=True)
 class _Column:
+    """`below`: how it reads in the line under the row, where it goes in a narrow terminal."""
+
     title: str
     right: bool = False
-    folds: bool = False  # the one that gives way on a narrow terminal
+    folds: bool = False  # the one that gives way, the last
+    below: str = ""
 
 
 _Line = list[str | Text]
 
 
 def mib(size_bytes: int | None) -> str:
-    """Bytes as whole MiB, or GiB with one decimal from 10 GiB."""
-    if size_bytes is None:
-        return "-"
-    if size_bytes >= 10 * 2**30:
-        return f"{size_bytes / 2**30:.1f} GiB"
-    return f"{size_bytes / 2**20:.0f} MiB"
+    """Bytes as in every reason; a dash where they are not known."""
+    return "-" if size_bytes is None else plans.mib(size_bytes)
 
 
 def models_table(rows: Sequence[Row]) -> str:
     """The table of `supervisorctl models`."""
     columns = (
         _Column("NAME"), _Column("TIER"), _Column("PHASE"), _Column("PORT", right=True),
-        _Column("CONTEXT", right=True), _Column("DEVICE"), _Column("MEMORY", right=True),
-        _Column("SLOTS", right=True), _Column("READY IN", right=True),
-        _Column("REASON", folds=True),
+        _Column("CONTEXT", right=True, below="context {}"), _Column("DEVICE", below="on {}"),
+        _Column("MEMORY", right=True), _Column("SLOTS", right=True),
+        _Column("REASON", folds=True, below="{}"),
     )  # fmt: skip
     lines: list[_Line] = [
         [
             row.name, row.tier.label, _phase(row.phase), str(row.port), str(row.context),
-            row.device, _memory(row), _slots(row), _seconds(row.ready_seconds), reason(row),
+            row.device, _memory(row), _slots(row), reason(row),
         ]
         for row in rows
     ]  # fmt: skip
@@ -76,7 +78,7 @@ def ready_table(rows: Sequence[Row]) -> str:
     """What `synapse up` ends with: where the models answer."""
     columns = (
         _Column("NAME"), _Column("TIER"), _Column("PHASE"), _Column("PORT", right=True),
-        _Column("URL"), _Column("REASON", folds=True),
+        _Column("URL"), _Column("REASON", folds=True, below="{}"),
     )  # fmt: skip
     lines: list[_Line] = [
         [row.name, row.tier.label, _phase(row.phase), str(row.port), row.url, reason(row)]
@@ -88,9 +90,10 @@ def ready_table(rows: Sequence[Row]) -> str:
 def plan_table(waves: Sequence[Sequence[Program]], others: Sequence[Program]) -> str:
     """What would start, in which waves, and what would not."""
     columns = (
-        _Column("WAVE"), _Column("NAME"), _Column("TIER"), _Column("ROLE"),
-        _Column("DEVICE"), _Column("CONTEXT", right=True), _Column("MEMORY", right=True),
-        _Column("FROM"), _Column("PORT", right=True), _Column("WHY", folds=True),
+        _Column("WAVE"), _Column("NAME"), _Column("TIER"), _Column("ROLE", below="{}"),
+        _Column("DEVICE", below="on {}"), _Column("CONTEXT", right=True, below="context {}"),
+        _Column("MEMORY", right=True), _Column("FROM", below="memory by {}"),
+        _Column("PORT", right=True), _Column("WHY", folds=True, below="{}"),
     )  # fmt: skip
     numbered = [(str(i), program) for i, wave in enumerate(waves, 1) for program in wave]
     lines = [
@@ -127,6 +130,13 @@ _CHAT: tuple[str, dict[str, object]] = (
 )
 
 
+def example(rows: Iterable[Row]) -> Row | None:
+    """The model to try first: of those that are ready, one that talks, where there is one."""
+    ready = [row for row in rows if row.phase is Phase.READY]
+    talking = (row for row in ready if row.role in (Role.TEXT, Role.VISION))
+    return next(talking, next(iter(ready), None))
+
+
 def curl_line(row: Row) -> str:
     """A request that this model answers, to be pasted into a shell."""
     path, body = _EXAMPLES.get(row.role, _CHAT)
@@ -149,10 +159,6 @@ def _slots(row: Row) -> str:
     return f"{'-' if row.slots_busy is None else row.slots_busy}/{row.slots_total}"
 
 
-def _seconds(seconds: float | None) -> str:
-    return "-" if seconds is None else f"{seconds:.1f} s"
-
-
 def reason(row: Row) -> str:
     """Why a model is as it is, with the evidence where it failed."""
     if row.phase is Phase.FAILED and row.last_failure is not None:
@@ -164,21 +170,56 @@ def _table(columns: Sequence[_Column], lines: Sequence[Sequence[str | Text]]) ->
     cells = [
         [cell if isinstance(cell, Text) else Text(_shown(cell)) for cell in line] for line in lines
     ]
+    is_terminal = sys.stdout.isatty()
+    width = shutil.get_terminal_size().columns if is_terminal else _WIDTH_WITHOUT_TERMINAL
+    if is_terminal and width < max(_NARROWEST_ON_ONE_LINE, _narrowest(columns, cells)):
+        return _on_two_lines(columns, cells, width)
+    return _drawn(columns, cells, width)
+
+
+def _on_two_lines(columns: Sequence[_Column], lines: Sequence[Sequence[Text]], width: int) -> str:
+    """What goes `below` stands under its row, folded; the rest is a table of one line a row."""
+    above = [index for index, column in enumerate(columns) if not column.below]
+    short = [[line[index] for index in above] for line in lines]
+    head, *rows = _drawn([columns[index] for index in above], short, width).split("\n")
+    if len(above) == len(columns) or len(rows) != len(lines):
+        return "\n".join([head, *rows])
+    shown = [head]
+    for row, line in zip(rows, lines, strict=True):
+        shown += [row, *_folded(_said_below(columns, line), width)]
+    return "\n".join(shown)
+
+
+def _said_below(columns: Sequence[_Column], line: Sequence[Text]) -> str:
+    """`context 4096, on CPU: answers 1.2 s after its start`."""
+    *facts, why = [
+        column.below.format(cell.plain)
+        for column, cell in zip(columns, line, strict=True)
+        if column.below
+    ]
+    return ": ".join(part for part in (", ".join(facts), why) if part)
+
+
+def _folded(text: str, width: int) -> list[str]:
+    room = max(width - len(_INDENT), _NARROWEST_FOLD)
+    wrapped = Text(text).wrap(Console(width=width), room, overflow="fold")
+    return [_INDENT + line.plain.rstrip() for line in wrapped if line.plain.strip()]
+
+
+def _drawn(columns: Sequence[_Column], lines: Sequence[Sequence[Text]], width: int) -> str:
     table = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
     for column in columns:
         table.add_column(
             column.title, justify="right" if column.right else "left",
             no_wrap=not column.folds, overflow="fold",
         )  # fmt: skip
-    for line in cells:
+    for line in lines:
         table.add_row(*line)
     is_terminal = sys.stdout.isatty()
-    width = shutil.get_terminal_size().columns if is_terminal else _WIDTH_WITHOUT_TERMINAL
-    width = max(width, _narrowest(columns, cells))
     text = io.StringIO()
     console = Console(
-        file=text, width=width, force_terminal=is_terminal, color_system="auto", highlight=False,
-        no_color=None if is_terminal else True,
+        file=text, width=max(width, _narrowest(columns, lines)), force_terminal=is_terminal,
+        color_system="auto", highlight=False, no_color=None if is_terminal else True,
     )  # fmt: skip
     console.print(table)
     return "\n".join(line.rstrip() for line in text.getvalue().rstrip("\n").split("\n"))

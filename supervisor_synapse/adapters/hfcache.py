@@ -298,7 +298,8 @@ def _report_outdated(repo: _Repo, served: _Revision, look: _Look) -> None:
             f"{repo.name}/{gone[0]}",
             f"is only in another revision than the served one ({printable(served.name[:12])})"
             f"{more}: not served",
-            f"{remedy_for(repo.name)} to have it again, or `hf cache prune` to be rid of it",
+            f"{remedy_for(repo.name, gone[0])} to have it again, "
+            "or `hf cache prune` to be rid of it",
         )
 
 
@@ -345,7 +346,7 @@ def _look_at(repo: str | None, file: str, path: str, within: str | None, look: _
             subject,
             "its content is missing: the link leads nowhere; "
             "the download was interrupted, or the file was deleted",
-            remedy_for(repo) if repo else "remove the link, or bring the file back",
+            remedy_for(repo, file) if repo else "remove the link, or bring the file back",
         )
         return
     except (OSError, ValueError) as error:
@@ -501,7 +502,9 @@ def _headers(
 def _remedy_for_header(place: _Place, error: CatalogError) -> str:
     if isinstance(error.__context__, PermissionError):
         return _READ
-    return remedy_for(place.repo) if place.repo is not None else "replace it, or remove it"
+    if place.repo is None:
+        return "replace it, or remove it"
+    return remedy_for(place.repo, place.file, afresh=True)  # else the damaged one would be kept
 
 
 def _header(headers: HeaderCache, identity: FileIdentity, path: str) -> Header | CatalogError:

@@ -31,6 +31,7 @@ _MOST_LISTED = 5
 # llama.cpp finds the other shards by this very pattern ("%s-%05d-of-%05d.gguf"), in lower case.
 _SHARD = re.compile(r"(?P<stem>.*)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.gguf", re.DOTALL)
 _PLAIN_REPO = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}(/[A-Za-z0-9_.-]{1,96})?")
+_PLAIN_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+/-]{0,199}")
 _WORD = re.compile(r"[^a-z0-9]+")
 
 _POOLING_RANK = 4
@@ -124,11 +125,21 @@ def printable(text: str, longest: int = _LONGEST_SHOWN) -> str:
     return f"{escaped[: longest - 3 - tail]}...{escaped[-tail:]}"
 
 
-def remedy_for(repo: str | None) -> str:
-    """How to get a file again. A repo's name is shown only where a shell takes it as a word."""
-    if repo is not None and _PLAIN_REPO.fullmatch(repo):
-        return f"synapse pull {repo}"
-    return "download it again"
+def remedy_for(
+    repo: str | None, file: str | None = None, *, afresh: bool = False, others: str = ""
+) -> str:
+    """How to get `file` again; where it is not known which, `FILE` stands for it.
+
+    `afresh`: what is there of it is wrong, and would be taken for good. `others`: a pattern for
+    all shards of a split. Names are shown only where a shell takes each as one word.
+    """
+    if repo is None or not _PLAIN_REPO.fullmatch(repo):
+        return "download it again"
+    options = " --force-download" if afresh else ""
+    if _PLAIN_FILE.fullmatch(others.replace("*", "")):
+        return f"`hf download{options} {repo} --include '{others}'`"
+    is_plain = file is not None and _PLAIN_FILE.fullmatch(file)
+    return f"`hf download{options} {repo} {file if is_plain else 'FILE'}`"
 
 
 def subject_of(repo: str | None, file: str, path: str) -> str:
@@ -272,22 +283,30 @@ def _mixed(splits: Mapping[_Split, Mapping[int, FoundFile]]) -> Iterator[Problem
 def _join(split: _Split, shards: Mapping[int, FoundFile]) -> _Unit | Problem:
     """One unit of all shards, or what is wrong with them: nothing less can be loaded."""
     present = [shards[number] for number in sorted(shards)]
-    wrong = _incomplete(split, shards) or _contradiction(split, shards)
+    missing = _missing(split, shards)
+    wrong = missing or _damaged(split, shards) or _contradiction(split, shards)
     if wrong is not None:
-        repo = present[0].repo
-        remedy = remedy_for(repo) if repo else "put all parts of one download into one folder"
-        return Problem(_split_subject(present[0], split), wrong, remedy)
+        first = present[0]
+        remedy = "put all parts of one download into one folder"
+        if first.repo is not None:
+            pattern = _split_pattern(_folder(first.file), split)
+            remedy = remedy_for(first.repo, afresh=not missing, others=pattern)
+        return Problem(_split_subject(first, split), wrong, remedy)
     headers = [file.header for file in present if file.header is not None]
     return _unit(present, split.stem, _merged(headers))
 
 
-def _incomplete(split: _Split, shards: Mapping[int, FoundFile]) -> str | None:
+def _missing(split: _Split, shards: Mapping[int, FoundFile]) -> str | None:
     beyond = [number for number in shards if not 1 <= number <= split.count]
     if beyond:
         return f"part {min(beyond)} of {split.count} cannot be"
     if len(shards) < split.count:
         missing = (str(n) for n in range(1, split.count + 1) if n not in shards)
         return f"part {_listed(missing)} of {split.count} is missing"
+    return None
+
+
+def _damaged(split: _Split, shards: Mapping[int, FoundFile]) -> str | None:
     damaged = [number for number, file in sorted(shards.items()) if file.header is None]
     if damaged:
         return f"part {_listed(map(str, damaged))} of {split.count} is damaged"
@@ -313,8 +332,13 @@ def _contradiction(split: _Split, shards: Mapping[int, FoundFile]) -> str | None
 
 def _split_subject(file: FoundFile, split: _Split) -> str:
     folder = _folder(file.file if file.repo is not None else file.path)
+    pattern = _split_pattern(folder, split)
+    return subject_of(file.repo, pattern, pattern)
+
+
+def _split_pattern(folder: str, split: _Split) -> str:
     name = f"{split.stem}-*-of-{split.count:05d}.gguf"
-    return subject_of(file.repo, f"{folder}/{name}".lstrip("/"), f"{folder}/{name}")
+    return f"{folder}/{name}" if folder else name
 
 
 def _listed(words: Iterable[str]) -> str:

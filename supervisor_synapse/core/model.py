@@ -174,7 +174,8 @@ class Problem:
     remedy: str = ""
 
     def __str__(self) -> str:
-        return f"{self.subject}: {self.reason}" + (f" ({self.remedy})" if self.remedy else "")
+        mend = f"; to mend it: {self.remedy}" if self.remedy else ""
+        return f"{self.subject}: {self.reason}{mend}"
 
 
 @dataclass(frozen=True, slots=True)

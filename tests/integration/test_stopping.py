@@ -63,18 +63,18 @@ class Family:
 
 
 def _family(deployment: Deployment, name: str) -> Family:
-    model = deployment.model(name)
+    model = deployment.rows()[name]
     launcher = psutil.Process(model["pid"])
     return Family(name, model["port"], (launcher, *launcher.children(recursive=True)))
 
 
 def _start(deployment: Deployment, *names: str) -> None:
     """Those of them that do not run; once they are ready."""
-    models = deployment.models()
+    models = deployment.rows()
     stopped = [name for name in names if models[name]["phase"] != "ready"]
     if stopped:
         deployment.ctl("start", *stopped, expect=None)
-        deployment.wait_for(dict.fromkeys(stopped, "ready"))
+        deployment.wait_for_rows(dict.fromkeys(stopped, "ready"))
 
 
 def _is_busy(url: str) -> bool:
@@ -169,7 +169,7 @@ TROUBLE: dict[str, Callable[[Any], contextlib.AbstractContextManager[None]]] = {
 def test_no_client_and_no_hang_holds_up_a_stop(stopping: Deployment, name: str) -> None:
     """Stopped and verified within the drain and 5 s; the launcher says how it went."""
     family = _family(stopping, name)
-    model = {**stopping.model(name), "server": stopping.servers()[name].pid}
+    model = {**stopping.rows()[name], "server": stopping.servers()[name].pid}
     with TROUBLE[name](model):
         since = time.time()
         stopping.ctl("stop", name)
@@ -187,7 +187,7 @@ def test_past_the_deadline_each_stream_that_is_cut_is_counted_and_logged(
     stopping: Deployment,
 ) -> None:
     """In the launcher's line, which stands in the model's log."""
-    streams = [TokenStream(stopping.model("attached")["url"], ENDLESS) for _ in range(3)]
+    streams = [TokenStream(stopping.rows()["attached"]["url"], ENDLESS) for _ in range(3)]
     since = time.time()
     stopping.ctl("stop", "attached")
     stopping.wait_for_step("attached", since, BOUND_SECONDS, to="stopped")
@@ -220,7 +220,7 @@ def patient_deployment(llama_server: Engine) -> Iterator[Fleet]:
         deployment.synapse("init")
         web = deployment.open_web_server()
         deployment.synapse("up", "--detach")
-        whole = TokenStream(deployment.model("slow")["url"], max(LONGER))
+        whole = TokenStream(deployment.rows()["slow"]["url"], max(LONGER))
         yield Fleet(deployment, web, whole.end())
 
 
@@ -276,7 +276,7 @@ def test_streams_that_end_before_the_deadline_get_every_token(
     patient: Fleet, stop: Callable[[Fleet], None], lengths: range, comes_back: bool
 ) -> None:
     """Token for token what an undisturbed stream got, and each ended as it should."""
-    family, url = _family(patient.at, "slow"), patient.at.model("slow")["url"]
+    family, url = _family(patient.at, "slow"), patient.at.rows()["slow"]["url"]
     streams = [TokenStream(url, length) for length in lengths]
     under_way = [not stream.is_over for stream in streams]
     begun = time.monotonic()
@@ -295,11 +295,11 @@ def test_streams_that_end_before_the_deadline_get_every_token(
         wait_until(lambda: not patient.at.processes(), 5, "all gone")
     else:
         assert holds_for(lambda: "slow" not in patient.at.servers(), 2)
-        assert patient.at.model("slow")["phase"] == "stopped"
+        assert patient.at.rows()["slow"]["phase"] == "stopped"
 
 
 def _answers_anew(deployment: Deployment, than: Family) -> bool:
-    model = deployment.model("slow")
+    model = deployment.rows()["slow"]
     return model["phase"] == "ready" and model["pid"] != than.processes[0].pid and bool(chat(model))
 
 
@@ -313,7 +313,7 @@ def test_five_models_drain_together_at_a_shutdown(llama_server: Engine) -> None:
         deployment.add(*names, **SLOW)
         deployment.synapse("up", "--detach")
         processes = deployment.processes()
-        models = deployment.models()
+        models = deployment.rows()
         streams = [TokenStream(models[name]["url"], ENDLESS) for name in names]
         begun = time.monotonic()
         with deployment.rpc() as server:
@@ -407,7 +407,7 @@ def _part(deployment: Deployment, part: str) -> psutil.Process:
         case "listener":
             return wait_until(deployment.listener, 15, "a listener")
         case "launcher":
-            return psutil.Process(deployment.model("victim")["pid"])
+            return psutil.Process(deployment.rows()["victim"]["pid"])
     return deployment.servers()["victim"]
 
 
@@ -438,16 +438,17 @@ def _fleet_is_whole(deployment: Deployment, without: set[int] | None = None) -> 
     """The pid of each model, once all answer, a listener runs, and no one is there twice."""
 
     def whole() -> dict[str, int] | None:
-        models = deployment.models()
+        models = deployment.rows()
         pids = {name: model["pid"] for name, model in models.items() if model["pid"]}
         if len(pids) != 3 or (without or set()) & set(pids.values()):
             return None
         is_ready = all(model["phase"] == "ready" for model in models.values())
+        is_ready = is_ready and all(answers(f"{row['url']}/health") for row in models.values())
         return pids if is_ready and deployment.listener() else None
 
     pids = wait_until(whole, 30, "every model ready")
     assert pids is not None
-    for model in deployment.models().values():
+    for model in deployment.rows().values():
         assert chat(model)
     servers = [alias for alias, server in deployment.all_servers() if not is_gone(server)]
     assert sorted(servers) == sorted(pids)
@@ -471,7 +472,7 @@ def test_a_killed_supervisord_lets_a_stream_end_before_all_go(
     """The drain holds also then: nothing is left within its deadline and 5 s."""
     at = killed_deployment
     _fleet_is_whole(at)
-    url = at.model("long")["url"]
+    url = at.rows()["long"]["url"]
     reference = TokenStream(url, 200).end()
     stream, processes = TokenStream(url, 200), at.processes()
     begun = time.monotonic()

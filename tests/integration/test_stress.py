@@ -1,4 +1,4 @@
-"""Two models take each other's place again and again, one in five times under a kill -9.
+"""Four models take each other's place again and again, one in five times under a kill -9.
 
 Afterwards there is as much as before: of processes, zombies, listeners, descriptors, files and
 memory. SYNAPSE_SWITCHES lengthens it (make stress COUNT=500); figures are printed.
@@ -7,13 +7,14 @@ memory. SYNAPSE_SWITCHES lengthens it (make stress COUNT=500); figures are print
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import socket
 import time
 import xmlrpc.client
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from tests.integration.harness import (
 
 SWITCHES = int(os.environ.get("SYNAPSE_SWITCHES", "100"))
 _WARM_UP = 10
-_PAIR = ("one", "two")
+_NAMES = ("one", "two", "three", "four")
 _MIB = 2**20
 _SETTINGS = """
 enable = none
@@ -60,11 +61,12 @@ pytestmark = [
 
 @dataclass(slots=True)
 class Switcher:
-    """Swaps the two models; knows which of them is meant to serve now."""
+    """Swaps the models, each in its turn; knows which of them is meant to serve now."""
 
     at: Deployment
     server: xmlrpc.client.ServerProxy
     serving: str = "one"
+    turns: Iterator[str] = field(default_factory=lambda: itertools.cycle(_NAMES))
     done: int = 0
     undone: int = 0
 
@@ -73,7 +75,7 @@ class Switcher:
         while a client streams from it.
         """
         old = self.serving
-        new = _PAIR[old == _PAIR[0]]
+        new = self._next()
         match number % 10:
             case 3:
                 command = self._ask(old, new)
@@ -86,6 +88,11 @@ class Switcher:
                 command = self._ask(old, new)
         self._heed(self._answer(command), new)
         self._assert_as_intended()
+
+    def _next(self) -> str:
+        """The one whose turn it is; by then it has rested for some swaps."""
+        turns = itertools.islice(self.turns, 2)
+        return next(name for name in turns if name != self.serving)
 
     def _ask(self, old: str, new: str) -> str:
         return str(self.server.synapse.swap(old, new))
@@ -114,23 +121,18 @@ class Switcher:
             return next((child for child in children if child.name() == "llama-server"), None)
         return None
 
-    def models(self) -> dict[str, Any]:
-        """What the plugin says of each model, by name."""
-        rows: Any = json.loads(str(self.server.synapse.models()))["models"]
-        return {row["name"]: row for row in rows}
-
     def _url(self, name: str) -> str:
-        return str(self.at.model(name)["url"])
+        return str(self.at.rows()[name]["url"])
 
     def _assert_as_intended(self) -> None:
-        """The one serves, the other rests: by the listener's word."""
+        """The one serves, the others rest: by the listener's word."""
 
         def as_intended() -> bool:
-            phases = {name: row["phase"] for name, row in self.models().items()}
-            rests = phases[_PAIR[self.serving == _PAIR[0]]]
-            return phases[self.serving] == "ready" and rests in ("disabled", "stopped")
+            phases = {name: row["phase"] for name, row in self.at.rows().items()}
+            is_serving = phases.pop(self.serving, "") == "ready"
+            return is_serving and set(phases.values()) <= {"disabled", "stopped"}
 
-        wait_until(as_intended, 20, f"{self.serving} serves, the other rests: {self.models()}")
+        wait_until(as_intended, 20, f"{self.serving} serves, the others rest: {self.at.rows()}")
 
 
 # --- what there is -------------------------------------------------------------------------------
@@ -212,7 +214,7 @@ def test_after_many_switches_and_kills_there_is_as_much_as_before(llama_server: 
     with deployed(_SETTINGS) as deployment, deployment.rpc() as server:
         _temporary(deployment).mkdir()
         deployment.extra_environment["TMPDIR"] = str(_temporary(deployment))
-        deployment.add(*_PAIR, layers=4, context=8192)
+        deployment.add(*_NAMES, layers=4, context=8192)
         deployment.synapse("up", "--detach")
         switcher = Switcher(deployment, server)
         for number in range(_WARM_UP):
@@ -234,7 +236,7 @@ def _settle(switcher: Switcher) -> Inventory:
     """With `one` freshly switched in, and having said the same; the smallest of a few looks."""
     while switcher.serving != "one":
         switcher.switch(0)
-    assert chat(switcher.at.model("one"))
+    assert chat(switcher.at.rows()["one"])
     looks = [_take_stock(switcher.at) for _ in range(3)]
     return min(looks, key=lambda look: (look.processes, look.descriptors, look.anonymous_mib))
 
@@ -243,11 +245,11 @@ def _print(before: Inventory, after: Inventory, switcher: Switcher, seconds: flo
     made = switcher.done + switcher.undone
     print(f"{SWITCHES} switches in {seconds:.1f} s ({seconds / max(made, 1):.2f} s each), "
           f"{switcher.undone} of them undone after a kill")  # fmt: skip
-    for field in fields(Inventory):
-        values = [getattr(one, field.name) for one in (before, after)]
+    for one in fields(Inventory):
+        values = [getattr(stock, one.name) for stock in (before, after)]
         shown = [len(value) if isinstance(value, frozenset) else value for value in values]
         text = [f"{value:.1f}" if isinstance(value, float) else str(value) for value in shown]
-        print(f"{field.name}: {text[0]} before, {text[1]} after")
+        print(f"{one.name}: {text[0]} before, {text[1]} after")
 
 
 def _assert_no_more(before: Inventory, after: Inventory) -> None:

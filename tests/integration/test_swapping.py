@@ -39,7 +39,7 @@ from tests.integration.harness import (
 
 pytestmark = pytest.mark.usefixtures("llama_server")
 
-DRAIN_SECONDS = 3
+DRAIN_SECONDS = 2
 AT_REST = frozenset({"stopped", "disabled", "failed"})
 ENDLESS = 8000
 MODEL: dict[str, Any] = {
@@ -108,7 +108,7 @@ def either(request: pytest.FixtureRequest) -> Deployment:
 def _set_up(deployment: Deployment) -> Deployment:
     if not deployment.processes():
         deployment.start_supervisord()
-    wait_until(deployment.models, 15, "the listener reports")
+    wait_until(deployment.rows, 15, "the listener reports")
     for name, verb in (("two", "disable"), ("bad", "disable"), ("one", "enable")):
         deployment.ctl(verb, name)
     _wait_for_one(deployment, "one")
@@ -116,7 +116,7 @@ def _set_up(deployment: Deployment) -> Deployment:
 
 
 def _phases(deployment: Deployment) -> dict[str, str]:
-    return {name: model["phase"] for name, model in deployment.models().items()}
+    return {name: model["phase"] for name, model in deployment.rows().items()}
 
 
 def _wait_for_one(deployment: Deployment, name: str = "", seconds: float = 40) -> str:
@@ -137,7 +137,7 @@ def _wait_for_one(deployment: Deployment, name: str = "", seconds: float = 40) -
 
 def _assert_alone(deployment: Deployment, serving: str) -> None:
     """By the process table and the ports; it answers, and nobody is there twice."""
-    models = deployment.models()
+    models = deployment.rows()
     other = {"one": "two", "two": "one"}[serving]
     servers = [alias for alias, server in deployment.all_servers() if not is_gone(server)]
     assert servers == [serving]
@@ -159,7 +159,7 @@ def _first(deployment: Deployment, name: str, since: float, to: str) -> float:
 
 def test_where_both_fit_a_client_of_the_two_is_never_without_a_server(roomy: Deployment) -> None:
     """There and back twice, while a client asks one of them and, where that fails, the other."""
-    models = roomy.models()
+    models = roomy.rows()
     order = ["one", "two"]
 
     def ask_one_of_them() -> bool:
@@ -196,7 +196,7 @@ def test_where_both_do_not_fit_the_old_one_is_verified_stopped_first(tight: Depl
 
 
 def test_a_stream_of_the_old_model_ends_before_it_goes(either: Deployment) -> None:
-    url = either.model("one")["url"]
+    url = either.rows()["one"]["url"]
     reference = TokenStream(url, 150).end()
     stream = TokenStream(url, 150)
     assert _swap(either, "one", "two").status == 0
@@ -210,7 +210,7 @@ def test_what_a_swap_reached_holds_under_a_new_listener_and_a_new_supervisord(
 ) -> None:
     assert _swap(roomy, "one", "two").status == 0
     wait_until(roomy.listener, 15, "a listener").kill()
-    assert holds_for(lambda: list(roomy.servers()) == ["two"], 3)
+    assert holds_for(lambda: list(roomy.servers()) == ["two"], 2)
     roomy.supervisord().kill()
     wait_until(lambda: not roomy.processes(), 5, "all gone")
     roomy.start_supervisord()
@@ -222,16 +222,16 @@ def test_what_a_swap_reached_holds_under_a_new_listener_and_a_new_supervisord(
 
 def test_where_the_new_one_is_bad_the_old_one_serves(either: Deployment) -> None:
     """It never left where both fit, and is back where it had to go; the answer says why."""
-    before = either.model("one")["pid"]
+    before = either.rows()["one"]["pid"]
     done = _swap(either, "one", "bad")
     assert done.status == 1
     assert "bad" in done.text
     _wait_for_one(either, "one")
-    assert either.model("bad")["phase"] in AT_REST
+    assert either.rows()["bad"]["phase"] in AT_REST
     fits = "99%" not in (either.etc / "synapse.conf").read_text()
-    assert (either.model("one")["pid"] == before) is fits
+    assert (either.rows()["one"]["pid"] == before) is fits
     wait_until(either.listener, 15, "a listener").kill()
-    assert holds_for(lambda: list(either.servers()) == ["one"], 3)
+    assert holds_for(lambda: list(either.servers()) == ["one"], 2)
 
 
 @pytest.mark.parametrize("words", [("one", "nobody"), ("nobody", "one"), ("one", "one")])
@@ -272,7 +272,7 @@ def _kill_during_a_swap(deployment: Deployment, step: str, victim: str) -> None:
     """The one that serves in the end is the one that the answer named, if there was an answer."""
     with contextlib.ExitStack() as clients:
         if step == "draining":
-            TokenStream(deployment.model("one")["url"], ENDLESS)
+            TokenStream(deployment.rows()["one"]["url"], ENDLESS)
         since = time.time()
         client = clients.enter_context(_client(deployment, "swap", "one", "two"))
         clients.callback(client.kill)
@@ -284,7 +284,7 @@ def _kill_during_a_swap(deployment: Deployment, step: str, victim: str) -> None:
             deployment.start_supervisord()
         said = client.communicate(timeout=60)[0].decode()
     serving = _wait_for_one(deployment)
-    assert holds_for(lambda: list(deployment.servers()) == [serving], 1)
+    assert holds_for(lambda: list(deployment.servers()) == [serving], 0.5)
     assert _wait_for_one(deployment) == serving
     print(f"{victim} killed while {step}: {serving} serves; the client was told: {said.strip()}")
     assert said.strip()
@@ -340,21 +340,23 @@ def test_a_drained_model_stops_when_it_has_nothing_to_do_however_long_that_takes
     roomy: Deployment,
 ) -> None:
     """A stream longer than the deadline of a stop is not cut; then it stays stopped."""
-    model = roomy.model("one")
-    streams = [TokenStream(model["url"], 1600) for _ in range(2)]
+    model = roomy.rows()["one"]
+    stream = TokenStream(model["url"], 1800)
     since = time.time()
     done = roomy.ctl("drain", "one")
     assert "one" in done.out
-    for stream in streams:
-        assert len(stream.end(60)) == 1600
-        assert stream.complete
+    assert len(stream.end(60)) == 1800
+    assert stream.complete
     streamed = time.time() - since
+    assert streamed > DRAIN_SECONDS, "or it shows nothing"
     roomy.wait_for_step("one", since, streamed + 5, to="stopped")
-    print(f"drain: streams went on for {streamed:.1f} s, the deadline of a stop is {DRAIN_SECONDS}")
+    print(
+        f"drain: a stream went on for {streamed:.1f} s, the deadline of a stop is {DRAIN_SECONDS}"
+    )
     assert "one" not in roomy.servers()
     assert port_is_free(model["port"])
     wait_until(roomy.listener, 15, "a listener").kill()
-    assert holds_for(lambda: not roomy.servers(), 3)
+    assert holds_for(lambda: not roomy.servers(), 2)
 
 
 def test_an_idle_model_is_drained_at_once(roomy: Deployment) -> None:
@@ -425,7 +427,7 @@ def test_of_requests_in_quick_succession_the_last_has_the_last_word(
             return all(phases[model] in wanted for model, wanted in expected.items())
 
         wait_until(reached, 30, f"{expected}")
-        assert holds_for(reached, 1.5)
+        assert holds_for(reached, 1)
         told = [json.loads(str(server.synapse.result(command))) for command in commands]
     print(f"{name}: {[answer['message'] for answer in told]}")
     assert all(answer["message"] for answer in told)

@@ -238,6 +238,18 @@ def test_a_broken_split_is_reported_and_nothing_of_it_is_served(case: str) -> No
     assert problem.remedy
 
 
+def test_all_parts_of_a_split_are_asked_for_and_wrong_ones_are_replaced() -> None:
+    """What is in the cache already is not downloaded, and would stay wrong, unless told."""
+    first, second = split("Q4/m", 2)
+    pattern = f"{REPO} --include 'Q4/m-*-of-00002.gguf'"
+    for files, remedy in (
+        ([first], f"`hf download {pattern}`"),
+        ([first, replace(second, header=None)], f"`hf download --force-download {pattern}`"),
+    ):
+        (problem,) = build_catalog(files, {}).problems
+        assert problem.remedy == remedy
+
+
 def test_parts_of_two_splits_are_told_apart_and_the_whole_one_is_served() -> None:
     catalog = build_catalog([*split("m", 2), *split("m", 3)[:2]], {})
     assert len(only(catalog).shards) == 2
@@ -258,9 +270,15 @@ def test_shards_in_different_folders_do_not_make_a_model() -> None:
 
 
 def test_a_remedy_names_a_repo_only_where_a_shell_takes_it_as_one_word() -> None:
-    assert remedy_for("owner/name-GGUF") == "synapse pull owner/name-GGUF"
+    assert remedy_for("owner/n-GGUF", "q/n.gguf") == "`hf download owner/n-GGUF q/n.gguf`"
     for repo in ("a/$(reboot)", "a/b;c", "-rf", "a/b/c", "a b", "a/b\n", "ünïcode/x", None):
-        assert remedy_for(repo) == "download it again"
+        assert remedy_for(repo, "n.gguf") == "download it again"
+
+
+def test_a_remedy_names_a_file_only_where_a_shell_takes_it_as_one_word() -> None:
+    for file in ("$(reboot).gguf", "a;b.gguf", "-rf", "a b.gguf", "a`id`", "a'b", "é.gguf", None):
+        assert remedy_for("o/n", file) == "`hf download o/n FILE`"
+        assert remedy_for("o/n", others=f"{file or ''}'-*") == "`hf download o/n FILE`"
 
 
 # --- the same content once -----------------------------------------------------------------------
@@ -708,7 +726,11 @@ _EARLIER = st.dictionaries(
 )
 
 
-@given(files=st.lists(_FILES, max_size=12), names=_EARLIER, seed=st.integers())
+# One path has one content.
+_LISTS = st.lists(_FILES, max_size=12, unique_by=lambda file: file.path)
+
+
+@given(files=_LISTS, names=_EARLIER, seed=st.integers())
 def test_any_files_in_any_order_make_one_sound_catalog(
     files: list[FoundFile], names: dict[str, str], seed: int
 ) -> None:

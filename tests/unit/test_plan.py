@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from supervisor_synapse import deploy, discovery
+from supervisor_synapse import deploy, discovery, report
 from supervisor_synapse.adapters.deployment import Deployment
 from supervisor_synapse.adapters.registry import Entry, Registry
 from supervisor_synapse.core.catalog import Model
@@ -27,6 +27,7 @@ from supervisor_synapse.core.plan import (
     compare,
     make_plan,
     repo_file,
+    unmatched_sections,
 )
 from supervisor_synapse.core.settings import (
     DEFAULT_TIERS,
@@ -279,8 +280,40 @@ def test_memory_goes_first_to_what_is_enabled_by_name() -> None:
 def test_every_program_says_why_with_the_numbers() -> None:
     models = [model(name="a"), model(name="b", size_bytes=2**40)]
     for program in planned(models).values():
-        assert f"{program.estimate_bytes / MIB:,.0f} MiB".replace(",", " ") in program.reason
+        assert report.mib(program.estimate_bytes) in program.reason
         assert "CPU" in program.reason
+
+
+def test_memory_is_told_in_the_units_of_the_tables() -> None:
+    (program,) = planned([model(size_bytes=12 * GIB)]).values()
+    assert " of 63.5 GiB left on CPU" in program.reason
+    assert report.mib(program.estimate_bytes).endswith(" GiB")
+
+
+@pytest.mark.parametrize(
+    ("globs", "named"),
+    [
+        (["a", "*", "owner/A/*", "B*"], []),
+        (["a", "qwen*", "b", "qwen*", "c-[0-9]"], ["[model:qwen*]", "[model:c-[0-9]]"]),
+        (["\x1b[2J"], ["[model:\\x1b[2J]"]),
+    ],
+)
+def test_a_section_that_matches_no_model_is_named_once(globs: list[str], named: list[str]) -> None:
+    settings = Settings(models=tuple(section(glob, parallel=2) for glob in globs))
+    problems = unmatched_sections(settings, [model(name="a"), model(name="b")])
+    assert [problem.subject for problem in problems] == named
+    assert all("matches no model" in str(problem) for problem in problems)
+
+
+def test_where_there_is_no_model_sections_are_not_blamed() -> None:
+    assert unmatched_sections(Settings(models=(section("a"),)), []) == []
+
+
+def test_a_discovery_tells_of_a_section_that_matches_nothing(deployment: Deployment) -> None:
+    put(deployment, "a")
+    rules = (section("a", parallel=2), section("b", parallel=2))
+    found, _ = look_and_apply(deployment, settings_of(deployment, models=rules))
+    assert [p.subject for p in found.problems if p.subject.startswith("[")] == ["[model:b]"]
 
 
 def test_a_program_that_is_not_enabled_is_ready_to_be_started_by_hand() -> None:

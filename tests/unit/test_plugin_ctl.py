@@ -366,7 +366,27 @@ def test_what_the_listener_answers_cannot_steer_the_terminal(ctl: Terminal) -> N
 @pytest.mark.parametrize("verb", ["enable", "disable", "drain", "swap"])
 def test_each_command_is_listed_and_explained(ctl: Terminal, verb: str) -> None:
     assert verb in ctl.type("help").out.split()
-    assert ctl.type(f"help {verb}").out.splitlines()[-1].startswith(f"{verb} ")
+    lines = ctl.type(f"help {verb}").out.splitlines()
+    assert all(line.startswith(f"{verb} ") for line in lines), lines
+
+
+@pytest.mark.parametrize("command", ["start", "stop", "models", "swap", "help"])
+def test_help_on_a_command_ends_with_no_complaint_of_another_plugin(
+    ctl: Terminal, command: str
+) -> None:
+    said = ctl.type(f"help {command}").out
+    assert f"{command} " in said.replace("\t", " ")
+    assert "***" not in said
+
+
+def test_help_on_what_no_plugin_knows_says_so_once(ctl: Terminal) -> None:
+    assert ctl.type("help nonsense").out == "*** No help on nonsense\n"
+
+
+def test_every_command_is_listed_once(ctl: Terminal) -> None:
+    words = ctl.type("help").out.split()
+    assert [words.count(word) for word in ("models", "drain", "start", "status")] == [1] * 4
+    assert words[-5:] == ["disable", "drain", "enable", "models", "swap"]
 
 
 # --- usage ---------------------------------------------------------------------------------------

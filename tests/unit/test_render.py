@@ -104,12 +104,30 @@ def assert_exactly(meant: Program, block: render.Block, around: render.Surroundi
     assert_clean(block.text)
 
 
+@pytest.mark.parametrize(
+    ("parameters", "size_bytes", "said"),
+    [
+        (1_543_714_304, 986 * 2**20, "1.54B parameters, 986 MiB on disk"),
+        (268_098_176, 242 * 2**20, "268M parameters, 242 MiB on disk"),
+        (34_816, 70_000, "35K parameters, 68 KiB on disk"),
+        (70_553_706_496, 40 * 2**30, "70.55B parameters, 40.0 GiB on disk"),
+    ],
+)
+def test_a_block_begins_with_the_size_of_its_model_in_fitting_units(
+    around: render.Surroundings, parameters: int, size_bytes: int, said: str
+) -> None:
+    meant = program(parameters=parameters, size_bytes=size_bytes)
+    text = render.render_program(TEMPLATES, meant, around).text
+    assert text.split("\n")[0] == f"; {meant.name}: text, FAST, {said}"
+
+
 # Every line of a block: a comment of ours, the section, or one of the keys.
 _LINE = re.compile(
     r"; [ -~]*|\[program:[a-z0-9][a-z0-9._-]{0,62}\]|(?:" + "|".join(sorted(KEYS)) + r")=[ -~]*"
 )
 _COMMENT = re.compile(
-    r"; [a-z0-9._-]+: [a-z]+, [A-Z]+, \d+\.\d\dB parameters, \d+ MiB on disk"
+    r"; [a-z0-9._-]+: [a-z]+, [A-Z]+, (\d+|\d+[MK]|\d+\.\d\dB) parameters, "
+    r"(\d+ [KM]iB|\d+\.\d GiB) on disk"
     r"|; Written by `synapse discover`\. You may edit it: then run `supervisorctl update`\. "
     r"An edited block"
     r"|; is kept; discovery writes its own version beside it\."

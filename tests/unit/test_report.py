@@ -10,6 +10,7 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -47,8 +48,9 @@ def terminal(columns: int = 160, **environment: str) -> Iterator[None]:
 
 @pytest.mark.parametrize(
     ("size_bytes", "shown"),
-    [(None, "-"), (0, "0 MiB"), (MIB, "1 MiB"), (512 * MIB, "512 MiB"), (8 * GIB, "8192 MiB"),
-     (10 * GIB, "10.0 GiB"), (79 * GIB + GIB // 2, "79.5 GiB")],
+    [(None, "-"), (0, "0 MiB"), (34 * 1024, "34 KiB"), (MIB, "1 MiB"),
+     (512 * MIB, "512 MiB"), (8 * GIB, "8192 MiB"), (10 * GIB, "10.0 GiB"),
+     (79 * GIB + GIB // 2, "79.5 GiB")],
 )  # fmt: skip
 def test_sizes_are_shown_in_the_unit_that_one_thinks_in(size_bytes: int | None, shown: str) -> None:
     assert report.mib(size_bytes) == shown
@@ -62,7 +64,7 @@ def test_a_models_line_says_all_of_it() -> None:
     assert cells(text) == {
         "NAME": "tiny-q4_k_m", "TIER": "FAST", "PHASE": "ready", "PORT": "8100",
         "CONTEXT": "4096", "DEVICE": "CPU", "MEMORY": "300 MiB", "SLOTS": "2/4",
-        "READY IN": "1.2 s", "REASON": "answers 1.2 s after its start",
+        "REASON": "answers 1.2 s after its start",
     }  # fmt: skip
 
 
@@ -71,8 +73,7 @@ def test_what_was_not_measured_is_marked_as_an_estimate() -> None:
 
 
 def test_what_is_not_known_is_a_dash() -> None:
-    shown = cells(report.models_table([row(slots_busy=None, ready_seconds=None)]))
-    assert (shown["SLOTS"], shown["READY IN"]) == ("-/4", "-")
+    assert cells(report.models_table([row(slots_busy=None)]))["SLOTS"] == "-/4"
 
 
 @pytest.mark.parametrize("phase", list(Phase))
@@ -141,7 +142,7 @@ def test_other_scripts_are_shown_as_they_are() -> None:
 def shown_values(one: Row) -> set[str]:
     return {
         one.name, one.tier.label, one.phase.value, str(one.port), str(one.context), one.device,
-        "~200 MiB", "-/4", "1.2 s", *one.reason.split(),
+        "~200 MiB", "-/4", *one.reason.split(),
     }  # fmt: skip
 
 
@@ -152,9 +153,47 @@ def test_no_terminal_is_so_narrow_that_something_is_cut(columns: int, name: str)
     one = row(name=name)
     with terminal(columns):
         text = _COLOUR.sub("", report.models_table([one]))
-    words = set(re.split(r"\s{2,}|\n", text)) | set(text.split())
+    words = set(re.split(r"\s{2,}|\n", text)) | {word.rstrip(",:") for word in text.split()}
     assert shown_values(one) <= words
-    assert {"PORT", "REASON"} <= words
+    assert {"PORT", "SLOTS"} <= words
+
+
+TABLES = {
+    "models": lambda name, why: report.models_table([row(name=name, reason=why)] * 2),
+    "plan": lambda name, why: report.plan_table([[program(name=name, reason=why)] * 2], []),
+    "up": lambda name, why: report.ready_table([row(name=name, reason=why)] * 2),
+}
+
+
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("columns", [80, 120])
+def test_a_usual_name_and_a_long_reason_fit_into_a_terminal(table: str, columns: int) -> None:
+    why = "does not fit: needs 22.4 GiB at context 32768, 11.9 GiB left on CUDA0, and so on"
+    with terminal(columns):
+        text = _COLOUR.sub("", TABLES[table]("qwen2.5-1.5b-instruct-q4_k_m", why))
+    assert max(len(line.rstrip()) for line in text.split("\n")) <= columns
+    assert len(re.findall(r"\bCUDA0,\s+and\s+so\s+on\b", text)) == 2
+
+
+def test_in_a_narrow_terminal_the_reason_stands_under_its_model() -> None:
+    with terminal(80):
+        lines = _COLOUR.sub("", report.models_table([row(), row(name="b", reason="")])).split("\n")
+    assert [line.split()[0] for line in lines] == ["NAME", "tiny-q4_k_m", "context", "b", "context"]
+    assert lines[2] == "    context 4096, on CPU: answers 1.2 s after its start"
+    assert lines[4] == "    context 4096, on CPU"
+
+
+def test_in_a_narrow_terminal_a_plan_still_says_where_its_figures_are_from() -> None:
+    with terminal(80):
+        lines = _COLOUR.sub("", report.plan_table([[program(reason="fits")]], [])).split("\n")
+    assert lines[2] == "    text, on CPU, context 4096, memory by header: fits"
+
+
+def test_no_text_steers_a_narrow_terminal() -> None:
+    with terminal(80):
+        text = _COLOUR.sub("", report.models_table([row(reason=HOSTILE)]))
+    assert len(text.split("\n")) == 3
+    assert all(line.isprintable() for line in text.split("\n"))
 
 
 def test_a_long_reason_folds_into_the_terminals_width() -> None:
@@ -191,6 +230,14 @@ def test_what_up_ends_with_says_where_the_models_answer() -> None:
     }  # fmt: skip
 
 
+def test_what_up_ends_with_is_what_the_readme_shows() -> None:
+    name, said = "qwen2.5-1.5b-instruct-q4_k_m", "answered 1.1 s after its start"
+    with terminal(80):
+        text = _COLOUR.sub("", report.ready_table([row(name=name, reason=said)]))
+    readme = Path(__file__).resolve().parents[2].joinpath("README.md").read_text()
+    assert "\n".join(line.rstrip() for line in text.split("\n")) in readme
+
+
 def test_a_plan_shows_the_waves_and_what_stays_out() -> None:
     first, second = program(name="one"), program(name="two", tier=Tier.POWERFUL, port=8101)
     out = program(name="three", reason="does not fit: 9 GiB of 8 GiB", estimate_bytes=12 * GIB)
@@ -215,6 +262,14 @@ def test_devices_are_shown_with_what_is_free() -> None:
 
 
 # --- a line to paste -----------------------------------------------------------------------------
+
+
+def test_what_is_tried_first_is_ready_and_talks_where_one_does() -> None:
+    loading = row(name="loading", phase=Phase.LOADING)
+    ranks, talks = row(name="ranks", role=Role.RERANKER), row(name="talks", role=Role.VISION)
+    assert report.example([loading, ranks, talks, row()]) == talks
+    assert report.example([loading, ranks]) == ranks
+    assert report.example([loading]) is None
 
 
 @pytest.mark.parametrize(
