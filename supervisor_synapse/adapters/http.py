@@ -154,19 +154,27 @@ class Prober:
         seconds: float,
         body: Mapping[str, object] | None = None,
     ) -> tuple[int, bytes]:
-        """Status and body; a negative status for what is no answer."""
+        """Status and body; a negative status for what is no answer.
+
+        A server may close a kept connection just as it is used again, so a refusal is asked twice.
+        """
         deadline = _thread.deadline = time.monotonic() + seconds
         timeouts = (min(self._timeout_seconds, seconds), seconds)  # to connect, to read
-        try:
-            question = self._prepare(session, method, path, body)
-            with session.send(
-                question, stream=True, allow_redirects=False, timeout=timeouts
-            ) as answer:
-                return answer.status_code, _bounded_body(answer)
-        except requests.Timeout:
-            return _SILENT, b""
-        except (requests.RequestException, OSError, ValueError):  # also a body that came too slowly
-            return _SILENT if time.monotonic() >= deadline else _REFUSED, b""
+        for is_last in (False, True):
+            try:
+                question = self._prepare(session, method, path, body)
+                with session.send(
+                    question, stream=True, allow_redirects=False, timeout=timeouts
+                ) as answer:
+                    return answer.status_code, _bounded_body(answer)
+            except requests.Timeout:
+                return _SILENT, b""
+            except (requests.RequestException, OSError, ValueError):
+                if time.monotonic() >= deadline:  # a body that came too slowly
+                    return _SILENT, b""
+                if is_last:
+                    return _REFUSED, b""
+        raise AssertionError("the second try returns")
 
 
 def _session(endpoint: Endpoint) -> requests.Session:
