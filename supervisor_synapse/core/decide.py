@@ -13,8 +13,7 @@ observation tells.
                          a good verdict                     ready
                          a bad verdict                      unhealthy → killed (one at a time)
     STOPPING             slots busy / idle                  draining / stopping
-    STOPPED, EXITED …    what is left of its run is looked  verifying
-                         for
+    at rest, but         what is left of its run is sought  verifying
     EXITED, FATAL        a retry cannot help                failed
                          the breaker is open                failed, until the cooldown is over
                          the wait is not over               backoff
@@ -47,6 +46,7 @@ _SEEN_START_SECONDS = 2.5  # the loop looks more often than that
 _KILL_AGAIN_SECONDS = 5.0
 # A load that takes longer no longer keeps others from loading.
 _LOADING_PLACE_SECONDS = 60.0
+_AT_REST = frozenset({Phase.STOPPED, Phase.DISABLED, Phase.FAILED})
 _GOLDEN = 0.6180339887498949
 
 
@@ -199,9 +199,14 @@ def decide(
 
 
 def _judge(before: ModelState | None, seen: Seen, now: Now, policy: Policy) -> ModelState:
+    state = _by_process(before, seen, now, policy)
+    if seen.is_leaving and seen.incarnation is None and state.phase in _AT_REST:
+        return _in(state, Phase.VERIFYING, "its run is over")
+    return state
+
+
+def _by_process(before: ModelState | None, seen: Seen, now: Now, policy: Policy) -> ModelState:
     state = _of_run(before or ModelState(), seen, now)
-    if seen.is_leaving and seen.incarnation is None:
-        return _in(replace(state, ready_at=None), Phase.VERIFYING, "its run is over")
     match seen.state:
         case ProcessState.STOPPED:
             was_disabled = before is not None and before.phase is Phase.DISABLED
@@ -450,7 +455,8 @@ def _kills(seen: Sequence[Seen], after: dict[str, ModelState], now: Now) -> Iter
 def _starts(
     seen: Sequence[Seen], after: dict[str, ModelState], now: Now, policy: Policy
 ) -> Iterable[Action]:
-    due = [one.name for one in seen if _may_start(after[one.name], now)]
+    # Nothing starts beside what its last run may have left.
+    due = [one.name for one in seen if not one.is_leaving and _may_start(after[one.name], now)]
     loading = sum(_holds_place(state, now) for state in after.values())
     for name in next_starts(due, loading, policy.max_parallel):
         state = after[name]

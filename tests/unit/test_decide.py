@@ -1194,9 +1194,9 @@ def test_no_run_follows_one_that_is_not_verified_to_be_over(how: str) -> None:
             world.run(1.0)
             world.enable("a")
     world.run(3.0)
-    assert world.phase() is Phase.VERIFYING
+    assert world.phase() in (Phase.VERIFYING, Phase.BACKOFF, Phase.PENDING)
+    assert len(world["a"].ran) == 1
     world.run_until(lambda: world.phase() is Phase.READY, 10.0)
-    assert Phase.VERIFYING in world.path()
 
 
 def test_a_failure_is_judged_once_although_it_was_verified_first() -> None:
