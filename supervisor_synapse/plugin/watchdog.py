@@ -19,6 +19,8 @@ LISTENER = "synapse"
 
 _TICK_SECONDS = 5.0
 _SILENT_SECONDS = 5.0  # the listener gives a sign of life every 2 s
+# On a machine out of breath a new listener is no quicker: after each kill it gets twice as long.
+_LONGEST_SILENCE_SECONDS = 80.0
 
 
 class Watchdog:
@@ -28,6 +30,7 @@ class Watchdog:
         # Weakly: what is known of a supervisord must not keep it alive beyond a reload.
         self._supervisord = weakref.proxy(supervisord)
         self._pid = 0
+        self._patience_seconds = _SILENT_SECONDS
         self._clock = clock
         self._heard_at = self._ticked_at = clock()
 
@@ -55,9 +58,13 @@ class Watchdog:
             self.hear()
             return
         silent_seconds = now - self._heard_at
-        if silent_seconds > _SILENT_SECONDS:
+        if silent_seconds > self._patience_seconds:
+            self._patience_seconds = min(2 * self._patience_seconds, _LONGEST_SILENCE_SECONDS)
             self._kill(process, f"has been silent for {silent_seconds:.0f} s")
-        elif process.listener_state == EventListenerStates.UNKNOWN:
+            return
+        if silent_seconds <= _SILENT_SECONDS:
+            self._patience_seconds = max(self._patience_seconds / 2, _SILENT_SECONDS)
+        if process.listener_state == EventListenerStates.UNKNOWN:
             self._kill(process, "wrote something else than the event protocol on its stdout")
 
     def _listener(self) -> Any:

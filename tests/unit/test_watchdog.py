@@ -196,3 +196,25 @@ def test_nothing_leaves_the_tick(scene: Scene, break_it: Callable[[Scene], objec
     scene.tick(2, beats=True)
     break_it(scene)
     scene.tick(4, beats=False)
+
+
+def test_each_new_listener_gets_twice_the_time_of_one_that_was_killed(scene: Scene) -> None:
+    """On a machine out of breath, one that needs 30 s to its first word must get them."""
+    scene.tick(2, beats=True)
+    lived = []
+    for pid in range(101, 106):
+        scene.process.pid, begun = pid, scene.clock.now
+        scene.process.signals.clear()
+        for _ in range(30):
+            if scene.is_killed:
+                break
+            scene.tick(1, beats=False)
+        lived.append(scene.clock.now - begun)
+    assert lived == sorted(lived)
+    assert lived[0] <= 15.0
+    assert lived[-1] >= 60.0
+    scene.process.pid = 200
+    scene.process.signals.clear()
+    scene.tick(20, beats=True)  # all is well again, and so is the old patience
+    scene.tick(2, beats=False)
+    assert scene.is_killed
