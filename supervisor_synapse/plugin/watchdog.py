@@ -19,6 +19,7 @@ LISTENER = "synapse"
 
 _TICK_SECONDS = 5.0
 _SILENT_SECONDS = 5.0  # the listener gives a sign of life every 2 s
+_BEATING_SECONDS = 3.0
 # On a machine out of breath a new listener is no quicker: after each kill it gets twice as long.
 _LONGEST_SILENCE_SECONDS = 80.0
 
@@ -62,7 +63,7 @@ class Watchdog:
             self._patience_seconds = min(2 * self._patience_seconds, _LONGEST_SILENCE_SECONDS)
             self._kill(process, f"has been silent for {silent_seconds:.0f} s")
             return
-        if silent_seconds <= _SILENT_SECONDS:
+        if silent_seconds <= _BEATING_SECONDS:
             self._patience_seconds = max(self._patience_seconds / 2, _SILENT_SECONDS)
         if process.listener_state == EventListenerStates.UNKNOWN:
             self._kill(process, "wrote something else than the event protocol on its stdout")
