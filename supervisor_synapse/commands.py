@@ -16,7 +16,7 @@ from supervisor_synapse.adapters.deployment import Deployment
 from supervisor_synapse.adapters.supervisord import Request
 from supervisor_synapse.core import swap as swaps
 from supervisor_synapse.core.decide import ModelState
-from supervisor_synapse.core.model import Phase, Program
+from supervisor_synapse.core.model import AT_REST, Phase, Program
 from supervisor_synapse.core.swap import Outcome, Swap
 from supervisor_synapse.errors import SynapseError
 from supervisor_synapse.observe import Wanted
@@ -30,7 +30,6 @@ _NOT_SERVING = frozenset(
         Phase.VERIFYING,
     }
 )  # fmt: skip
-_AT_REST = frozenset({Phase.DISABLED, Phase.STOPPED, Phase.FAILED})
 _MOST_ENDED = 1024
 
 
@@ -82,7 +81,7 @@ class Commands:
         """
         for swap in self._swaps:
             for name in (swap.old, swap.new):
-                if not swap.wants(name) or _phase(states, name) in _AT_REST:
+                if not swap.wants(name) or _phase(states, name) in AT_REST:
                     states = _ask(states, swap, name)
         self._taken_up = states
         return self._hand_out(states)

@@ -22,11 +22,10 @@ from functools import partial
 from typing import TypeVar
 
 from supervisor_synapse import effects
-from supervisor_synapse.adapters import engine as engines
 from supervisor_synapse.adapters import history, processes, registry, states, store
 from supervisor_synapse.adapters.deployment import Deployment
 from supervisor_synapse.adapters.events import Connection, Event
-from supervisor_synapse.adapters.gpu import cpu
+from supervisor_synapse.adapters.gpu import cpu, drivers
 from supervisor_synapse.adapters.registry import Registry
 from supervisor_synapse.adapters.supervisord import Supervisord
 from supervisor_synapse.commands import Answer, Commands
@@ -41,7 +40,7 @@ from supervisor_synapse.core.decide import (
 )
 from supervisor_synapse.core.model import UNDER_WAY, Phase, Program, Row, Snapshot
 from supervisor_synapse.errors import ShuttingDown, TransientError
-from supervisor_synapse.observe import Observer, Watched, planned, slots_busy, url_of
+from supervisor_synapse.observe import Observer, Watched, planned, slots_busy
 
 _RPC_TIMEOUT_SECONDS = 5.0
 _IDLE_TICK_SECONDS = 1.0
@@ -49,6 +48,7 @@ _BUSY_TICK_SECONDS = 0.1  # while something is on its way
 _SHORTEST_TICK_SECONDS = 0.02
 _BLIND_SECONDS = 5.0  # a turn that took longer saw too little to judge by
 _BEAT_SECONDS = 2.0  # the plugin hears from us at least so often
+_LAST_WRITE_SECONDS = 2.0
 _REPEAT_SECONDS = 60.0  # between two complaints about the same file
 
 _log = logging.getLogger("synapse")
@@ -89,6 +89,8 @@ class Listener:
             deployment.state, partial(states.load, boot=self._boot)
         )
         self._saved: Mapping[str, ModelState] = self._states
+        self._saving: asyncio.Task[None] | None = None
+        self._telling: set[asyncio.Task[None]] = set()  # lines on their way into the history
         self._commands = Commands(deployment, self._fits)
         self._states = self._commands.take_up(self._states)
         self._published: tuple[float, tuple[Row, ...] | None] = (0.0, None)
@@ -109,6 +111,8 @@ class Listener:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), self._pause())
         self._observer.close()
+        with contextlib.suppress(TimeoutError):  # what waits for the disk stands before this
+            await asyncio.wait_for(self._to_disk(lambda: None), _LAST_WRITE_SECONDS)
         _log.info("ended", extra={"reason": self._end})
 
     def _on_event(self, event: Event) -> None:
@@ -146,8 +150,8 @@ class Listener:
             seen = await self._observe()
             decision = decide(self._states, seen, _now(), self._policy())
             self._states = decision.states
-            await self._remember()
-            await self._record(decision.transitions)
+            self._remember()
+            self._record(decision.transitions)
             await self._act(decision)
             await self._publish(seen)
         except ShuttingDown as error:
@@ -226,16 +230,16 @@ class Listener:
         await self._call(partial(self._rpc.answer, answer.command, answer.ok, answer.message))
 
     def _fits(self, program: Program) -> bool:
-        """Whether a program finds memory beside all that runs now. It may look for a while."""
-        settings = self._world.registry.settings
-        host = cpu.read()
-        devices = (host,) if program.device == host.name else engines.devices(
-            engines.find(settings.engine)
-        )  # fmt: skip
-        for device in devices:
+        """Whether a program finds memory beside all that runs now; where nobody tells, it does not.
+
+        The engine could tell too, but takes seconds for it, in which nothing else would be done.
+        """
+        registry = self._world.registry
+        for device in registry.devices:
             if device.name == program.device:
-                left = device.free_bytes - settings.memory_reserve.of(device.total_bytes)
-                return program.estimate_bytes <= left
+                now = cpu.read() if device.is_host else drivers.read(device)
+                reserve = registry.settings.memory_reserve.of(device.total_bytes)
+                return now is not None and program.estimate_bytes <= now.free_bytes - reserve
         return False
 
     # --- act and tell -----------------------------------------------------------------------------
@@ -253,26 +257,35 @@ class Listener:
         if decision.actions:
             self._wake.set()
 
-    async def _remember(self) -> None:
-        """Write down what the listener after us must know; a full disk costs only that."""
-        if self._states == self._saved:
-            return
-        current = self._states
+    def _remember(self) -> None:
+        """Begin to write down what the listener after us must know; while that takes long, only
+        the newest is written next.
+        """
+        if self._saving is None and self._states != self._saved:
+            self._saving = asyncio.create_task(self._save(self._states))
+
+    async def _save(self, current: Mapping[str, ModelState]) -> None:
         try:
             await self._to_disk(partial(states.save, self._deployment.state, self._boot, current))
             self._saved = current
             self._complained.pop("state not written", None)
         except OSError as error:
             self._complain("state not written", error)
+        finally:
+            self._saving = None
 
-    async def _record(self, transitions: Iterable[Transition]) -> None:
+    def _record(self, transitions: Iterable[Transition]) -> None:
         """History and log: one line for each transition."""
         at = time.time()
         lines = [_line(change, at) for change in transitions]
         for line in lines:
             _log.info("transition", extra=_words(line))
-        if not lines:
-            return
+        if lines:
+            task = asyncio.create_task(self._append(lines))
+            self._telling.add(task)
+            task.add_done_callback(self._telling.discard)
+
+    async def _append(self, lines: list[history.Line]) -> None:
         try:
             await self._to_disk(partial(history.append, self._deployment.history, lines))
         except OSError as error:
@@ -316,7 +329,10 @@ class Listener:
         return await asyncio.get_running_loop().run_in_executor(self._rpc_thread, function)
 
     async def _to_disk(self, function: Callable[[], _T]) -> _T:
-        """On the one thread that writes: a slow disk delays no start."""
+        """On the one thread that writes, in the order of the calls.
+
+        Only what a command must be sure of is waited for: a slow disk delays no start.
+        """
         return await asyncio.get_running_loop().run_in_executor(self._disk_thread, function)
 
 
@@ -357,7 +373,7 @@ def _row(
         name=program.name, repo=program.repo, file=program.file, tier=program.tier,
         role=program.role, enabled=seen.enabled, phase=state.phase, reason=state.reason,
         state=seen.state, pid=seen.incarnation.pid if seen.incarnation else 0, port=served.port,
-        url=url_of(served), alias=served.alias, context=served.context, parallel=served.parallel,
+        url=served.url, alias=served.alias, context=served.context, parallel=served.parallel,
         device=program.device, estimated_bytes=program.estimate_bytes,
         estimate_source=program.estimate_source,
         measured_bytes=watched.memory_bytes if watched else None,

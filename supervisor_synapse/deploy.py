@@ -28,7 +28,7 @@ from supervisor_synapse.core.plan import (
     Changes,
 )
 from supervisor_synapse.core.settings import Settings
-from supervisor_synapse.discovery import Discovery, digest
+from supervisor_synapse.discovery import Change, digest
 from supervisor_synapse.errors import ApplyError, ConfigError, ShuttingDown
 
 _POLL_SECONDS = 0.05
@@ -47,9 +47,7 @@ def initialize(deployment: Deployment) -> tuple[Path, ...]:
     return deployments.lay_down(deployment, files)
 
 
-def apply(
-    deployment: Deployment, found: Discovery, rpc: Supervisord | None, report: Report
-) -> None:
+def apply(deployment: Deployment, found: Change, rpc: Supervisord | None, report: Report) -> None:
     """Carry out a discovery; where nothing changed no file is touched.
 
     The registry is written before the blocks, so that a block written by an apply that was
@@ -74,7 +72,7 @@ def apply(
         ) from None
 
 
-def _write(deployment: Deployment, found: Discovery, report: Report) -> None:
+def _write(deployment: Deployment, found: Change, report: Report) -> None:
     changes = found.changes
     written = [found.blocks[name] for name in (*changes.added, *changes.changed)]
     if changes:
@@ -102,11 +100,11 @@ def move_port(deployment: Deployment, name: str) -> None:
         ConfigError: its port is not ours to choose, or there is none left.
         ApplyError, TransientError: it could not be carried out.
     """
-    moved = discovery.another_port(deployment, name)
+    moved = discovery.with_another_port(deployment, name)
     apply(deployment, moved, Supervisord(deployment.socket), lambda line: None)
 
 
-def _parse_back(deployment: Deployment, found: Discovery, written: list[render.Block]) -> None:
+def _parse_back(deployment: Deployment, found: Change, written: list[render.Block]) -> None:
     """The whole configuration as it would be, read by supervisord's own parser."""
     gone = {*found.changes.removed, *(block.name for block in written)}
     with tempfile.TemporaryDirectory(prefix="candidates.", dir=deployment.run) as folder:
@@ -167,9 +165,7 @@ def _drop_old_links(deployment: Deployment, links: Mapping[Path, str]) -> None:
                 folder.rmdir()
 
 
-def _leave_beside(
-    deployment: Deployment, found: Discovery, before: Registry, report: Report
-) -> None:
+def _leave_beside(deployment: Deployment, found: Change, before: Registry, report: Report) -> None:
     """Where the user edited a block and ours changed too, ours goes beside it."""
     known = before.digests()
     for path in deployment.blocks.glob("*.conf.new"):
@@ -189,7 +185,7 @@ def _leave_beside(
             )
 
 
-def _tell_supervisord(rpc: Supervisord, found: Discovery, report: Report) -> None:
+def _tell_supervisord(rpc: Supervisord, found: Change, report: Report) -> None:
     """Added, changed, removed: only these groups are touched, changed ones one at a time."""
     bound = _stop_bound(found.registry.settings)
     try:
@@ -220,7 +216,7 @@ def _tell_supervisord(rpc: Supervisord, found: Discovery, report: Report) -> Non
         raise ApplyError("supervisord is shutting down; it will read the files next time") from None
 
 
-def _with_arrears(found: Discovery, seen: supervisord.Reread) -> Changes:
+def _with_arrears(found: Change, seen: supervisord.Reread) -> Changes:
     """The changes, and those of an earlier apply that did not reach supervisord."""
     changes = found.changes
     settled = {*changes.unchanged}

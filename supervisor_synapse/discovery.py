@@ -53,20 +53,26 @@ from supervisor_synapse.errors import ConfigError, ShuttingDown, TransientError
 _LONGEST_REASON = 400
 
 
-@dataclass(frozen=True, slots=True)
-class Discovery:
-    """What was found, what shall become of it, and how that differs from what is deployed."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """What shall become of the deployment, and how that differs from what is deployed."""
 
-    plan: Plan
     blocks: Mapping[str, render.Block]
     links: Mapping[Path, str]  # under var/models → the file meant
     changes: Changes
+    registry: Registry  # as it shall be saved
+    switched_on: tuple[str, ...] = ()  # programs that the settings enable since now
+    switched_off: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Discovery(Change):
+    """What was found, too, and what was planned from it."""
+
+    plan: Plan
     problems: tuple[Problem, ...]
     engine: Engine
     devices: tuple[Device, ...]
-    registry: Registry  # as it shall be saved
-    switched_on: tuple[str, ...]  # programs that the settings enable since now
-    switched_off: tuple[str, ...]
 
 
 def discover(
@@ -88,8 +94,7 @@ def discover(
     _require_readable(deployment)
     earlier = registry.load(deployment.registry)
     running = _running(rpc, earlier)
-    headers = HeaderCache(deployment.headers)
-    found = hfcache.scan(settings.cache_dirs, settings.model_dirs, headers)
+    found = hfcache.scan(settings.cache_dirs, settings.model_dirs, HeaderCache(deployment.headers))
     catalog = build_catalog(found.files, earlier.names())
     devices = _devices(engine, running)
     forgotten = _forgotten(deployment, catalog.models, earlier)
@@ -103,45 +108,73 @@ def discover(
     demo = (demo or earlier.demo) and any(one.repo == demo_model.REPO for one in catalog.models)
     models = catalog.models if demo else _without_demo(catalog.models)
     plan, links = _reachable(make_plan(models, settings, world), deployment, earlier.paths())
+    looked = (*found.problems, *catalog.problems)
+    sight = _Sight(found.unread, looked)
+    meant = _meant(deployment, settings, engine, earlier, plan, sight, forced)
+    problems = [
+        *_lost_registry(deployment), *_missing_cache(settings, models), *looked, *plan.problems,
+        *meant.problems, *unmatched_sections(settings, (*catalog.models, *meant.plan.programs)),
+    ]  # fmt: skip
+    after = _registered(earlier, meant.plan, meant.blocks, meant.changes, settings)
+    kept_devices = tuple(replace(device, free_bytes=0) for device in devices)
+    return Discovery(
+        plan=meant.plan, blocks=meant.blocks, links=links, changes=meant.changes,
+        problems=tuple(problems), engine=engine, devices=devices,
+        registry=replace(after, demo=demo, devices=kept_devices),
+        switched_on=_switched(earlier, meant.plan, on=True),
+        switched_off=_switched(earlier, meant.plan, on=False),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class _Sight:
+    """What could not be seen, or not for what it is."""
+
+    unread: tuple[str, ...]  # folders
+    problems: tuple[Problem, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Meant:
+    """The blocks that shall be, beside those that are; what stays as it is, and why."""
+
+    plan: Plan
+    blocks: Mapping[str, render.Block]
+    changes: Changes
+    problems: tuple[Problem, ...]
+
+
+def _meant(
+    deployment: Deployment,
+    settings: Settings,
+    engine: Engine,
+    earlier: Registry,
+    plan: Plan,
+    sight: _Sight,
+    forced: Iterable[str],
+) -> _Meant:
+    """Compare what is planned with what is deployed; what is in doubt stays as it is."""
+    around = _surroundings(deployment, settings, engine.path)
     templates = render.Templates(deployment.templates)
-    around = _surroundings(deployment, settings, engine)
     blocks, refused = _render(templates, plan.programs, around, earlier.digests())
     deployed = _deployed(deployment, earlier)
     none_found = not plan.programs
     plan = _without_refused(plan, blocks, deployed, earlier)
-    subjects = [problem.subject for problem in (*found.problems, *catalog.problems)]
-    out_of_sight = _out_of_sight(plan, found.unread, subjects, deployed, earlier, deployment.links)
-    plan = _with_kept(plan, out_of_sight, earlier)
-    as_they_are = {name for name in refused if name in deployed}
-    as_they_are |= {program.name for program in out_of_sight}
+    unseen = _out_of_sight(plan, sight, deployed, earlier, deployment.links)
+    unseen_names = {program.name for program in unseen}
+    as_they_are = unseen_names | refused.keys()
     changes = compare(
         _digests(blocks),
         {name: block for name, block in deployed.items() if name not in as_they_are},
         forced,
     )
-    plan = _with_edits_told(plan, blocks, changes)
-    if out_of_sight:
-        names = tuple(sorted(program.name for program in out_of_sight))
-        changes = replace(changes, kept=tuple(sorted((*changes.kept, *names))))
-    problems = [
-        *_lost_registry(deployment), *_missing_cache(settings, models), *found.problems,
-        *map(_unseen, out_of_sight),
-        *catalog.problems, *plan.problems, *refused.values(),
-        *unmatched_sections(settings, (*catalog.models, *plan.programs)),
-    ]  # fmt: skip
+    plan = _with_edits_told(_with_kept(plan, unseen, earlier), blocks, changes)
+    changes = replace(changes, kept=tuple(sorted({*changes.kept, *unseen_names})))
+    problems = [*map(_unseen, unseen), *refused.values()]
     if changes.removed and none_found:
         problems.append(_all_gone(changes.removed))
         changes = replace(changes, removed=(), kept=changes.kept + changes.removed)
-    return Discovery(
-        plan=plan, blocks=blocks, links=links, changes=changes, problems=tuple(problems),
-        engine=engine, devices=devices,
-        registry=replace(
-            _registered(earlier, plan, blocks, changes, settings), demo=demo,
-            devices=tuple(replace(device, free_bytes=0) for device in devices),
-        ),
-        switched_on=_switched(earlier, plan, on=True),
-        switched_off=_switched(earlier, plan, on=False),
-    )  # fmt: skip
+    return _Meant(plan, blocks, changes, tuple(problems))
 
 
 def generate_demo(settings: Settings) -> Path:
@@ -243,9 +276,7 @@ def _model_path(program: Program, folder: Path, earlier: str | None, links: dict
     return str(folder / program.name / names[0])
 
 
-def _surroundings(
-    deployment: Deployment, settings: Settings, engine: Engine
-) -> render.Surroundings:
+def _surroundings(deployment: Deployment, settings: Settings, engine: str) -> render.Surroundings:
     around = render.Surroundings(
         launcher=deployments.launcher_command(), engine=engine, stop=settings.stop,
         directory=str(deployment.prefix), log_folder=str(deployment.log),
@@ -305,22 +336,22 @@ def _without_refused(
 
 def _out_of_sight(
     plan: Plan,
-    unread: Iterable[str],
-    subjects: Sequence[str],
+    sight: _Sight,
     deployed: Mapping[str, Deployed],
     earlier: Registry,
     links: Path,
 ) -> tuple[Program, ...]:
     """Programs whose file could not be looked at: an unmounted disk removes nothing.
 
-    Nor does a file that is there and was found damaged (`subjects` of problems): what serves it
-    has it in memory, and goes on.
+    Nor does a file that is there and was found damaged: what serves it has it in memory, and goes
+    on.
     """
-    roots = {Path(root) for root in unread} | {Path(os.path.realpath(root)) for root in unread}
+    roots = {Path(way(root)) for root in sight.unread for way in (str, os.path.realpath)}
 
     def is_unseen(program: Program) -> bool:
         path = _real_model_path(program, links)
-        is_damaged = os.path.lexists(path) and any(program.file in one for one in subjects)
+        told = any(program.file in problem.subject for problem in sight.problems)
+        is_damaged = told and os.path.lexists(path)
         return is_damaged or not roots.isdisjoint(path.parents)
 
     return tuple(
@@ -518,8 +549,8 @@ def _switched(earlier: Registry, plan: Plan, *, on: bool) -> tuple[str, ...]:
     )
 
 
-def another_port(deployment: Deployment, name: str) -> Discovery:
-    """Give one program, which does not run, another free port; all else stays as it was applied.
+def with_another_port(deployment: Deployment, name: str) -> Change:
+    """What was applied, but for one program another free port.
 
     Raises:
         ConfigError: its port is not ours to choose, or there is none left.
@@ -532,8 +563,7 @@ def another_port(deployment: Deployment, name: str) -> Discovery:
     if settings.for_model(name, repo_file(program)).port is not None:
         raise ConfigError(f"{name}: port {program.port} is set in synapse.conf, and is taken")
     moved = with_port(program, _free_port(earlier))
-    engine = engines.find(settings.engine)
-    around = _surroundings(deployment, settings, engine)
+    around = _surroundings(deployment, settings, engines.locate(settings.engine))
     block = render.render_program(render.Templates(deployment.templates), moved, around)
     changes = compare({name: digest(block.text)}, _only(name, _deployed(deployment, earlier)))
     if not changes.changed:
@@ -546,10 +576,7 @@ def another_port(deployment: Deployment, name: str) -> Discovery:
     )  # fmt: skip
     entries = {**earlier.entries, program.key: entry}
     after = replace(earlier, entries=entries, programs=programs, generation=earlier.generation + 1)
-    return Discovery(
-        plan=Plan(programs, after.choices(), ()), blocks={name: block}, links={}, changes=changes,
-        problems=(), engine=engine, devices=(), registry=after, switched_on=(), switched_off=(),
-    )  # fmt: skip
+    return Change(blocks={name: block}, links={}, changes=changes, registry=after)
 
 
 def _only(name: str, deployed: Mapping[str, Deployed]) -> dict[str, Deployed]:

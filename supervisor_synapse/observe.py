@@ -17,11 +17,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
 
-from supervisor_synapse.adapters import processes, sockets
+from supervisor_synapse.adapters import damage, processes, sockets
 from supervisor_synapse.adapters.gpu import drivers
 from supervisor_synapse.adapters.gpu.readings import Reading
 from supervisor_synapse.adapters.http import Endpoint, Prober
@@ -45,7 +44,6 @@ _MEMORY_SECONDS = 30.0
 _SETTLING_MEMORY_SECONDS = 5.0
 _SETTLED_SECONDS = 60.0
 _PATIENCE_MARGIN_SECONDS = 10.0  # a patient question outlives the verdict that it leads to
-_SLEEP_FLAG = "--sleep-idle-seconds"
 _DOZE_MARGIN_SECONDS = 1.0
 _LINGER_SECONDS = 1.0  # what is left of a run may go by itself for so long, then it is killed
 _GONE_SECONDS = 10.0
@@ -83,7 +81,6 @@ class Watched:
     prober: Prober
     live: Liveness
     since: float
-    doze_seconds: float = 0.0  # idle and not asked for its counters for so long, it sleeps
     told_at: float = 0.0  # when its counters came
     told_asked_at: float = 0.0  # and when they had been asked for
     drain_at: float | None = None  # it stops when it is idle, since then
@@ -201,10 +198,10 @@ class Observer:
         key = await self._on(self._aside, _api_key, served.api_key_file)
         now = time.monotonic()
         patience = self._policy.stall_seconds + _PATIENCE_MARGIN_SECONDS
-        prober = Prober(Endpoint(url_of(served), key), self._policy.timeout_seconds, patience)
+        prober = Prober(Endpoint(served.url, key), self._policy.timeout_seconds, patience)
         was_ready = bool(state and state.was_ready and state.incarnation == incarnation)
         live = probes.begin(now, was_ready=was_ready)
-        watched = Watched(incarnation, served, prober, live, now, _doze_seconds(words))
+        watched = Watched(incarnation, served, prober, live, now)
         watched.device = self._devices.get(program.device)
         watched.tending = asyncio.create_task(self._tend(program, process, watched))
         self._watched[program.name] = watched
@@ -325,7 +322,8 @@ class Observer:
         is_idle = activity is not None and activity.busy == 0 and watched.asking is None
         is_due = (
             watched.drain_at is not None
-            or time.monotonic() - watched.told_at >= watched.doze_seconds
+            or time.monotonic() - watched.told_at
+            >= watched.served.sleep_seconds + _DOZE_MARGIN_SECONDS
         )
         return is_idle and watched.logged_bytes == before and not is_due
 
@@ -409,6 +407,9 @@ class Observer:
 
     async def _see(self, program: Program, process: Process, wanted: Wanted) -> Seen:
         watched, leaving = self._watched.get(program.name), self._leaving.get(program.name)
+        files = [
+            path for path in (program.model_path, *program.shards, program.projector_path) if path
+        ]
         verdict, reason = Verdict.UNKNOWN, ""
         if watched is not None:
             verdict, reason = probes.judge(watched.live, time.monotonic(), self._policy)
@@ -417,27 +418,29 @@ class Observer:
             incarnation=incarnation_of(process), run=process.start,
             age_seconds=max(process.now - process.start, 0), verdict=verdict,
             verdict_reason=reason, busy=watched is not None and is_busy(watched),
-            ending=await self._ending(process), spawn_error=process.spawnerr,
-            file_stamp=await self._file_stamp(program, process),
+            ending=await self._ending(process, files), spawn_error=process.spawnerr,
+            file_stamp=await self._file_stamp(process, files),
             is_leaving=leaving is not None and not leaving.is_over,
             residue=leaving.residue if leaving is not None else "",
         )  # fmt: skip
 
-    async def _ending(self, process: Process) -> Ending | None:
+    async def _ending(self, process: Process, files: Sequence[str]) -> Ending | None:
         """How a process ended, read once for each run."""
         if process.state is not ProcessState.EXITED:
             return None
         known = self._endings.get(process.name)
         if known is None or known[0] != process.start:
             tail = await self._on(self._aside, _log_tail, Path(process.logfile))
-            known = (process.start, Ending(process.exitstatus, tail))
+            ending = Ending(process.exitstatus, tail)
+            if ending.is_wordless and ending.exit_status == 1:
+                ending = replace(ending, damage=await self._on(self._aside, damage.find, files))
+            known = (process.start, ending)
             self._endings[process.name] = known
         return known[1]
 
-    async def _file_stamp(self, program: Program, process: Process) -> int:
+    async def _file_stamp(self, process: Process, files: Sequence[str]) -> int:
         if process.state not in _ENDED:
             return 0
-        files = (program.model_path, *program.shards, program.projector_path or "")
         return await self._on(self._aside, _stamp, files)
 
     async def _on(self, pool: Executor, function: Callable[[_A], _T], argument: _A) -> _T:
@@ -452,13 +455,8 @@ def incarnation_of(process: Process) -> Incarnation | None:
 def planned(program: Program) -> Served:
     """What a program's server will be told."""
     return Served(
-        program.host, program.port, program.alias, program.context, program.parallel, None, False
+        program.host, program.port, program.alias, program.context, program.parallel, None, 0
     )
-
-
-def url_of(served: Served) -> str:
-    host = f"[{served.host}]" if ":" in served.host else served.host
-    return f"http://{host}:{served.port}"
 
 
 def slots_busy(watched: Watched) -> int | None:
@@ -523,16 +521,6 @@ def _api_key(path: str | None) -> str | None:
         return None
 
 
-def _doze_seconds(words: Sequence[str]) -> float:
-    """How long a server may be idle before it surely sleeps; 0 where it never does."""
-    for word, following in pairwise((*words, "")):
-        flag, has_value, value = word.partition("=")
-        if flag == _SLEEP_FLAG:
-            with contextlib.suppress(ValueError):
-                return int(value if has_value else following) + _DOZE_MARGIN_SECONDS
-    return 0.0
-
-
 def _size(path: str) -> int:
     with contextlib.suppress(OSError):
         return os.stat(path).st_size
@@ -542,7 +530,7 @@ def _size(path: str) -> int:
 def _stamp(paths: Iterable[str]) -> int:
     """Changes when one of the files does, comes or goes."""
     facts = []
-    for path in filter(None, paths):
+    for path in paths:
         with contextlib.suppress(OSError):
             status = os.stat(path)
             facts.append((path, status.st_mtime_ns, status.st_size, status.st_ino))

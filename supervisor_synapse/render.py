@@ -18,7 +18,7 @@ from pathlib import Path
 import jinja2
 
 from supervisor_synapse.core.catalog import PROGRAM_NAME, RESERVED_NAMES
-from supervisor_synapse.core.model import Engine, Program
+from supervisor_synapse.core.model import Program
 from supervisor_synapse.core.plan import mib
 from supervisor_synapse.core.settings import StopPolicy
 from supervisor_synapse.errors import ConfigError
@@ -29,6 +29,9 @@ PROGRAM_TEMPLATE = "program.conf.j2"
 _PATH = re.compile(r"/[A-Za-z0-9_@+=:,./-]*( [A-Za-z0-9_@+=:,./-]+)*")
 _ARGUMENT = re.compile(r"[A-Za-z0-9_@%+=:,./\[\]{}\"*^| -]*")
 _LONGEST_ARGUMENT = 1000
+
+# An aborting server must not start a debugger.
+_ENVIRONMENT: Mapping[str, str] = {"GGML_NO_BACKTRACE": "1"}
 
 # The keys that a rendered block must have, no more and no fewer, whatever the template says.
 BLOCK_KEYS = frozenset(
@@ -46,7 +49,7 @@ class Surroundings:
     """What blocks say beside the program itself."""
 
     launcher: tuple[str, ...]
-    engine: Engine
+    engine: str  # its path
     stop: StopPolicy
     directory: str
     log_folder: str
@@ -74,7 +77,7 @@ def require_safe(around: Surroundings) -> None:
     Raises:
         ConfigError: names the path.
     """
-    for path in (around.launcher[0], around.engine.path, around.directory, around.log_folder,
+    for path in (around.launcher[0], around.engine, around.directory, around.log_folder,
                  around.run_folder):  # fmt: skip
         try:
             _plain(path)
@@ -178,7 +181,6 @@ def render_program(templates: Templates, program: Program, around: Surroundings)
     if not PROGRAM_NAME.fullmatch(program.name) or program.name in RESERVED_NAMES:
         raise ValueRefused(f"{program.name[:200]!a} is not a name that a model's program may have")
     command = _command(program, around)
-    environment = _environment(around.engine)
     log_file = _plain(f"{around.log_folder}/{program.name}.log")
     text = templates.render(
         PROGRAM_TEMPLATE,
@@ -187,13 +189,13 @@ def render_program(templates: Templates, program: Program, around: Surroundings)
             "summary": _summary(program),
             "command": " ".join(_quoted(word) for word in command),
             "directory": _plain(around.directory),
-            "environment": ",".join(f'{key}="{value}"' for key, value in environment.items()),
+            "environment": ",".join(f'{key}="{value}"' for key, value in _ENVIRONMENT.items()),
             "priority": 100 + program.priority,
             "stop_wait_seconds": around.stop.longest_seconds,
             "log_file": log_file,
         },
     )
-    return Block(program.name, text, command, environment, log_file)
+    return Block(program.name, text, command, _ENVIRONMENT, log_file)
 
 
 def _command(program: Program, around: Surroundings) -> tuple[str, ...]:
@@ -203,16 +205,8 @@ def _command(program: Program, around: Surroundings) -> tuple[str, ...]:
         "--drain", str(around.stop.drain_seconds),
         "--term", str(around.stop.term_seconds),
         "--record", _plain(f"{around.run_folder}/{program.name}.run"),
-        "--", around.engine.path, "--model", program.model_path, *projector, *program.arguments,
+        "--", _plain(around.engine), "--model", program.model_path, *projector, *program.arguments,
     )  # fmt: skip
-
-
-def _environment(engine: Engine) -> dict[str, str]:
-    """An aborting server must not start a debugger; a bundled library must be found."""
-    environment = {"GGML_NO_BACKTRACE": "1"}
-    if engine.library_path is not None:
-        environment["LD_LIBRARY_PATH"] = _plain(engine.library_path)
-    return environment
 
 
 def _summary(program: Program) -> str:

@@ -19,7 +19,6 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from supervisor_synapse.adapters import engine as engines
 from supervisor_synapse.core.model import Engine
 
 _F16_FILE_TYPE = 1
@@ -51,7 +50,7 @@ def _survives_a_start(engine: Engine, model: Path) -> bool:
         port = probe.getsockname()[1]
     server = subprocess.Popen(
         [engine.path, "--model", model, "--host", "127.0.0.1", "--port", str(port), "-c", "512"],
-        env=engines.environment(engine.library_path) | {"GGML_NO_BACKTRACE": "1"},
+        env=os.environ | {"GGML_NO_BACKTRACE": "1"},
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     deadline = time.monotonic() + _ANSWER_SECONDS

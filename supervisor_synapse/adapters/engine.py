@@ -34,19 +34,27 @@ def find(setting: str, answer_seconds: float = _ANSWER_SECONDS) -> Engine:
     Raises:
         ConfigError: there is none, or it does not run; says how to get one on this platform.
     """
+    path = locate(setting)
+    flags = frozenset(_FLAG.findall(_output(path, "--help", answer_seconds)))
+    if "--model" not in flags:
+        raise ConfigError(f"cannot use {path} as the engine: its --help is not {_NAME}'s")
+    version = _VERSION.search(_output(path, "--version", answer_seconds))
+    return Engine(path, version[1].strip() if version else "unknown", flags)
+
+
+def locate(setting: str) -> str:
+    """Where the engine is that `engine` in synapse.conf names; it is not run.
+
+    Raises:
+        ConfigError: there is none, or it must not be run; says how to get one on this platform.
+    """
     path = _wheel_path() or shutil.which(_NAME) if setting == "auto" else setting
     if path is None:
         raise ConfigError(f"cannot find {_NAME}: {how_to_get_one()}")
     path = os.path.expanduser(path)
     _require_program(path)
     _require_unwritable(path)
-    bundled = _bundled_libraries(path)
-    help_text = _output(path, bundled, "--help", answer_seconds)
-    flags = frozenset(_FLAG.findall(help_text))
-    if "--model" not in flags:
-        raise ConfigError(f"cannot use {path} as the engine: its --help is not {_NAME}'s")
-    version = _VERSION.search(_output(path, bundled, "--version", answer_seconds))
-    return Engine(path, version[1].strip() if version else "unknown", flags, bundled)
+    return path
 
 
 def how_to_get_one() -> str:
@@ -74,7 +82,7 @@ def devices(engine: Engine) -> tuple[Device, ...]:
     """
     if "--list-devices" not in engine.flags:
         return ()
-    return tuple(parse_devices(_output(engine.path, engine.library_path, "--list-devices")))
+    return tuple(parse_devices(_output(engine.path, "--list-devices")))
 
 
 def parse_devices(text: str) -> list[Device]:
@@ -83,15 +91,6 @@ def parse_devices(text: str) -> list[Device]:
         Device(name, int(total) * MIB, int(free) * MIB, description)
         for name, description, total, free in _DEVICE.findall(text)
     ]
-
-
-def environment(library_path: str | None) -> dict[str, str]:
-    """Ours, with the engine's bundled libraries found first."""
-    inherited = dict(os.environ)
-    if library_path is not None:
-        earlier = inherited.get("LD_LIBRARY_PATH")
-        inherited["LD_LIBRARY_PATH"] = f"{library_path}:{earlier}" if earlier else library_path
-    return inherited
 
 
 def _wheel_path() -> str | None:
@@ -105,12 +104,6 @@ def _wheel_path() -> str | None:
         if os.access(candidate, os.X_OK):
             return str(candidate)
     return None
-
-
-def _bundled_libraries(path: str) -> str | None:
-    """The folder of a server that carries its own libvulkan, which the loader must be told of."""
-    folder = Path(path).resolve().parent
-    return str(folder) if any(folder.glob("libvulkan.so*")) else None
 
 
 def _require_program(path: str) -> None:
@@ -142,14 +135,11 @@ def _require_unwritable(path: str) -> None:
             )
 
 
-def _output(
-    path: str, library_path: str | None, argument: str, seconds: float = _ANSWER_SECONDS
-) -> str:
+def _output(path: str, argument: str, seconds: float = _ANSWER_SECONDS) -> str:
     try:
         done = subprocess.run(
             [path, argument], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, timeout=seconds, env=environment(library_path),
-            check=False, text=True, errors="replace",
+            stderr=subprocess.STDOUT, timeout=seconds, check=False, text=True, errors="replace",
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         raise ConfigError(f"{path} {argument} gave no answer in {seconds:g} s") from None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 
 from supervisor_synapse.core.estimate import prompt_cache_bytes
-from supervisor_synapse.core.model import Engine, Role
+from supervisor_synapse.core.model import Engine, Role, http_url
 from supervisor_synapse.core.settings import MIB
 
 _LARGEST_EMBEDDING_BATCH = 2048
@@ -79,13 +79,22 @@ class Served:
     context: int
     parallel: int
     api_key_file: str | None
-    sleeps: bool  # frees its weights when idle; asking for its slots would wake it
+    sleep_seconds: int  # frees its weights when idle for so long; 0: never
+
+    @property
+    def sleeps(self) -> bool:
+        """Asking for its slots would wake it, or keep it awake."""
+        return self.sleep_seconds > 0
+
+    @property
+    def url(self) -> str:
+        return http_url(self.host, self.port)
 
 
 _SERVED_FLAGS = {
     "--host": "host", "--port": "port", "--alias": "alias", "-a": "alias",
     "--ctx-size": "context", "-c": "context", "--parallel": "parallel", "-np": "parallel",
-    "--api-key-file": "api_key_file", "--sleep-idle-seconds": "sleeps",
+    "--api-key-file": "api_key_file", "--sleep-idle-seconds": "sleep_seconds",
 }  # fmt: skip
 
 
@@ -111,7 +120,7 @@ def parse_served(command: Sequence[str], planned: Served) -> Served | None:
             context=int(said.get("context", planned.context)),
             parallel=int(said.get("parallel", planned.parallel)),
             api_key_file=said.get("api_key_file"),
-            sleeps=int(said.get("sleeps", 0)) > 0,
+            sleep_seconds=int(said.get("sleep_seconds", 0)),
         )
     except ValueError:
         return planned

@@ -29,6 +29,7 @@ from typing import assert_never
 from supervisor_synapse.core import restarts
 from supervisor_synapse.core.failures import PERMANENT, Ending, classify
 from supervisor_synapse.core.model import (
+    AT_REST,
     Failure,
     FailureClass,
     Incarnation,
@@ -46,7 +47,6 @@ _SEEN_START_SECONDS = 2.5  # the loop looks more often than that
 _KILL_AGAIN_SECONDS = 5.0
 # A load that takes longer no longer keeps others from loading.
 _LOADING_PLACE_SECONDS = 60.0
-_AT_REST = frozenset({Phase.STOPPED, Phase.DISABLED, Phase.FAILED})
 _GOLDEN = 0.6180339887498949
 
 
@@ -200,7 +200,7 @@ def decide(
 
 def _judge(before: ModelState | None, seen: Seen, now: Now, policy: Policy) -> ModelState:
     state = _by_process(before, seen, now, policy)
-    if seen.is_leaving and seen.incarnation is None and state.phase in _AT_REST:
+    if seen.is_leaving and seen.incarnation is None and state.phase in AT_REST:
         return _in(state, Phase.VERIFYING, "its run is over")
     return state
 

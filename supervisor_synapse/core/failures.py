@@ -47,6 +47,7 @@ _STATUSES = {
 _LONGEST_EVIDENCE = 300
 
 # The launcher says this when it starts (launcher.py); what stands before is of an earlier run.
+_OUR_WORDS = "synapse-run: "
 _START_MARK = "synapse-run: start: pid="
 _PLAIN_END = "synapse-run: ended by itself: server=exit "  # says less than the line before it
 _ABORTED = 128 + 6
@@ -58,10 +59,22 @@ _ASSERTION = "GGML_ASSERT"
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """How a process ended: its exit status, and the last of what it printed."""
+    """How a process ended: its exit status, and the last of what it printed.
+
+    `damage`: what is wrong with the model's files, where the server said nothing.
+    """
 
     exit_status: int
     log_tail: str
+    damage: str = ""
+
+    @property
+    def is_wordless(self) -> bool:
+        """Whether the server itself printed nothing: llama-server writes its log from a thread,
+        and may end before that has come to it.
+        """
+        lines = _lines_of_last_run(self.log_tail)
+        return all(line.startswith(_OUR_WORDS) for line in lines)
 
 
 def classify(ending: Ending, *, was_ready: bool = False) -> tuple[FailureClass, str]:
@@ -74,6 +87,8 @@ def classify(ending: Ending, *, was_ready: bool = False) -> tuple[FailureClass, 
     refusal = _STATUSES.get(ending.exit_status)
     if refusal is not None and not was_ready:
         return refusal, last  # before a server ran; a file's name in the line proves nothing
+    if ending.damage and not was_ready:
+        return FailureClass.MODEL_CORRUPT, printable(ending.damage)
     for kind, pattern in _PATTERNS:
         if was_ready and kind in _AT_START_ONLY:
             continue

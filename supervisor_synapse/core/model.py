@@ -59,6 +59,9 @@ class Phase(Enum):
     FAILED = "failed"
 
 
+# Nothing of a model runs, and nothing is under way.
+AT_REST = frozenset({Phase.STOPPED, Phase.DISABLED, Phase.FAILED})
+
 # A model in one of these is on its way to another; look again soon.
 UNDER_WAY = frozenset(
     {Phase.PENDING, Phase.LOADING, Phase.DRAINING, Phase.STOPPING, Phase.VERIFYING}
@@ -221,7 +224,11 @@ class Engine:
     path: str
     version: str
     flags: frozenset[str]
-    library_path: str | None = None  # LD_LIBRARY_PATH that its bundled libraries need
+
+
+def http_url(host: str, port: int) -> str:
+    """Where a server on an address answers."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,8 +264,7 @@ class Program:
 
     @property
     def url(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"http://{host}:{self.port}"
+        return http_url(self.host, self.port)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import assert_never
 
-from supervisor_synapse.core.model import Phase
+from supervisor_synapse.core.model import AT_REST, Phase
 
 
 class Step(Enum):
@@ -62,9 +62,8 @@ _RUNS = {
     Step.OLD_RETURNS: (True, False),
 }
 
-_AT_REST = frozenset({Phase.STOPPED, Phase.DISABLED, Phase.FAILED})
 # A model that was asked to run and is here did not become ready.
-_DID_NOT_COME = _AT_REST | {Phase.BACKOFF, Phase.UNHEALTHY}
+_DID_NOT_COME = AT_REST | {Phase.BACKOFF, Phase.UNHEALTHY}
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +111,7 @@ def _new_first(swap: Swap, new: Phase, reasons: Mapping[str, str]) -> Swap | Out
 
 
 def _old_leaves(swap: Swap, old: Phase, new: Phase) -> Swap | Outcome:
-    if old not in _AT_REST:
+    if old not in AT_REST:
         return swap
     if new is Phase.READY:
         return _done(swap)
@@ -122,13 +121,13 @@ def _old_leaves(swap: Swap, old: Phase, new: Phase) -> Swap | Outcome:
 def _new_alone(swap: Swap, old: Phase, new: Phase, reasons: Mapping[str, str]) -> Swap | Outcome:
     if new in _DID_NOT_COME:
         return replace(swap, step=Step.NEW_LEAVES, why_undone=_why(swap.new, reasons))
-    if new is Phase.READY and old in _AT_REST:  # it may have been started by hand meanwhile
+    if new is Phase.READY and old in AT_REST:  # it may have been started by hand meanwhile
         return _done(swap)
     return swap
 
 
 def _new_leaves(swap: Swap, old: Phase, new: Phase) -> Swap | Outcome:
-    if new not in _AT_REST:
+    if new not in AT_REST:
         return swap
     if not swap.old_served:
         return Outcome(ok=False, message=swap.why_undone)
@@ -138,10 +137,10 @@ def _new_leaves(swap: Swap, old: Phase, new: Phase) -> Swap | Outcome:
 
 
 def _old_returns(swap: Swap, old: Phase, new: Phase, reasons: Mapping[str, str]) -> Swap | Outcome:
-    if old in _AT_REST:
+    if old in AT_REST:
         also = _why(swap.old, reasons)
         return Outcome(ok=False, message=f"{swap.why_undone}; and {also}")
-    if old is Phase.READY and new in _AT_REST:
+    if old is Phase.READY and new in AT_REST:
         return Outcome(ok=False, message=f"{swap.why_undone}; {swap.old} is back")
     return swap
 

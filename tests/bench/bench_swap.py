@@ -54,7 +54,6 @@ def _start(file: Path, port: int) -> subprocess.Popen[bytes]:
     ]  # fmt: skip
     return subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        env=engines.environment(engine.library_path),
     )  # fmt: skip
 
 
@@ -92,7 +91,7 @@ def _router(folder: Path) -> Iterator[str]:
     ]  # fmt: skip
     with subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        env=engines.environment(engine.library_path), start_new_session=True,
+        start_new_session=True,
     ) as router:  # fmt: skip
         try:
             _until(lambda: answers(f"http://127.0.0.1:{port}/health"))

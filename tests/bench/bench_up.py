@@ -92,12 +92,9 @@ def _ports(commands: list[list[str]]) -> list[int]:
 
 
 def _by_shell(commands: list[list[str]]) -> float:
-    environment = engines.environment(engines.find("auto").library_path)
     begun = time.monotonic()
     servers = [
-        subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
-        )
+        subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         for command in commands
     ]
     try:

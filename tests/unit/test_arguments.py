@@ -28,7 +28,7 @@ OPTIONAL = (
     "--kv-unified", "--cache-ram", "--metrics", "--slots", "--device", "--gpu-layers",
     "--sleep-idle-seconds",
 )  # fmt: skip
-PLANNED = Served("127.0.0.1", 8100, "tiny", 4096, 4, api_key_file=None, sleeps=False)
+PLANNED = Served("127.0.0.1", 8100, "tiny", 4096, 4, api_key_file=None, sleep_seconds=0)
 LAUNCHER = ("/bin/synapse-run", "--drain", "30", "--term", "2", "--", "/opt/llama-server")
 
 
@@ -182,9 +182,9 @@ def parsed(*arguments: str, planned: Served = PLANNED) -> Served | None:
         (("-np", "9"), {"parallel": 9}), (("--parallel", "9"), {"parallel": 9}),
         (("--api-key-file", "/k"), {"api_key_file": "/k"}),
         (("--api-key-file=/k=1",), {"api_key_file": "/k=1"}),
-        (("--sleep-idle-seconds", "60"), {"sleeps": True}),
-        (("--sleep-idle-seconds", "0"), {"sleeps": False}),
-        (("--sleep-idle-seconds", "-1"), {"sleeps": False}),
+        (("--sleep-idle-seconds", "60"), {"sleep_seconds": 60}),
+        (("--sleep-idle-seconds", "0"), {"sleep_seconds": 0}),
+        (("--sleep-idle-seconds", "-1"), {"sleep_seconds": -1}),
         (("--port", "1", "--port", "2"), {"port": 2}),
         (("-c", "1", "--ctx-size=2"), {"context": 2}),
         (("--portable", "1", "--my-port", "2"), {}),
@@ -235,11 +235,11 @@ _SERVING = st.builds(
 @given(meant=_SERVING)
 def test_what_was_told_is_read_back(meant: Serving) -> None:
     """Whatever was planned meanwhile."""
-    other = Served("10.0.0.1", 1, "other", 1, 1, None, sleeps=False)
+    other = Served("10.0.0.1", 1, "other", 1, 1, None, sleep_seconds=0)
     command = (*LAUNCHER, "--model", "/m.gguf", *server_arguments(meant, engine()))
     assert parse_served(command, other) == Served(
         meant.host, meant.port, meant.alias, meant.context, meant.parallel,
-        "/k" if "--api-key-file" in meant.extra else None, meant.sleep_idle_seconds > 0,
+        "/k" if "--api-key-file" in meant.extra else None, meant.sleep_idle_seconds,
     )  # fmt: skip
 
 

@@ -52,7 +52,6 @@ def test_the_engine_says_what_it_can_do(tmp_path: Path) -> None:
     assert found.path == str(path)
     assert found.version == "4711 (abc)"
     assert {"-m", "--model", "--list-devices", "-fa", "--flash-attn"} <= found.flags
-    assert found.library_path is None
 
 
 def test_a_version_that_is_not_told_is_unknown(tmp_path: Path) -> None:
@@ -103,27 +102,34 @@ def test_the_real_engine_is_found_and_knows_our_flags(llama_server: conftest.Eng
         assert not device.is_host
 
 
-def test_a_wheels_own_libraries_are_found_first(tmp_path: Path) -> None:
-    """A server that carries its libvulkan does not start without."""
-    path = program(tmp_path)
-    (tmp_path / "libvulkan.so.1").touch()
-    assert engines.find(str(path)).library_path == str(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("bundled", "earlier", "expected"),
-    [(None, None, None), (None, "/a", "/a"), ("/b", None, "/b"), ("/b", "/a", "/b:/a"),
-     ("/b", "", "/b")],
-)  # fmt: skip
-def test_the_library_path_is_extended_not_replaced(
-    bundled: str | None, earlier: str | None, expected: str | None, monkeypatch: pytest.MonkeyPatch
+def test_the_wheels_server_finds_its_own_libraries(
+    llama_server: conftest.Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """So the library path is left to the user, whose drivers may stand in it."""
     monkeypatch.delenv("LD_LIBRARY_PATH", raising=False)
-    if earlier is not None:
-        monkeypatch.setenv("LD_LIBRARY_PATH", earlier)
-    environment = engines.environment(bundled)
-    assert environment.get("LD_LIBRARY_PATH") == expected
-    assert environment["PATH"] == os.environ["PATH"]
+    assert engines.find(llama_server.path).flags
+
+
+def test_the_engine_is_asked_in_our_own_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It must see the devices that the server will see."""
+    monkeypatch.setenv("LD_LIBRARY_PATH", "/a:/b")
+    path = tmp_path / "llama-server"
+    path.write_text(
+        f'#!/bin/sh\necho "$LD_LIBRARY_PATH" > {tmp_path}/seen\necho " --model FNAME"\n'
+    )
+    path.chmod(0o700)
+    engines.find(str(path))
+    assert (tmp_path / "seen").read_text() == "/a:/b\n"
+
+
+def test_an_engine_is_located_without_being_run(tmp_path: Path) -> None:
+    path = tmp_path / "llama-server"
+    path.write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
+    path.chmod(0o700)
+    assert engines.locate(str(path)) == str(path)
+    assert not (tmp_path / "ran").exists()
 
 
 # --- refused -------------------------------------------------------------------------------------

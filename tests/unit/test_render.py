@@ -29,7 +29,7 @@ from supervisor_synapse.core.model import Program, Role, Tier
 from supervisor_synapse.core.plan import make_plan
 from supervisor_synapse.core.settings import Enable, Settings, StopPolicy
 from supervisor_synapse.errors import ConfigError
-from tests.unit.builders import engine, file, program, world
+from tests.unit.builders import file, program, world
 
 KEYS = {
     "command", "directory", "environment", "priority", "autostart", "autorestart", "startsecs",
@@ -53,7 +53,7 @@ def around(tmp_path_factory: pytest.TempPathFactory) -> render.Surroundings:
 
 def surroundings(folder: Path, **changes: Any) -> render.Surroundings:
     values: dict[str, Any] = {
-        "launcher": LAUNCHER, "engine": engine(path=ENGINE), "stop": StopPolicy(30, 2),
+        "launcher": LAUNCHER, "engine": ENGINE, "stop": StopPolicy(30, 2),
         "directory": str(folder), "log_folder": str(folder), "run_folder": RUN_FOLDER,
     }  # fmt: skip
     return render.Surroundings(**(values | changes))
@@ -211,13 +211,11 @@ def test_programs_keep_the_order_of_their_priorities_behind_the_listener(tmp_pat
     assert priorities[0] > -1
 
 
-def test_an_engine_with_bundled_libraries_finds_them(tmp_path: Path) -> None:
-    """Blanks, commas and equal signs in its folder come through supervisord's reading of it."""
-    bundled = "/opt/My Libs,v=1+2:@a/lib"
-    around = surroundings(tmp_path, engine=engine(path=ENGINE, library_path=bundled))
-    block = render.render_program(TEMPLATES, program(), around)
+def test_a_block_leaves_the_library_path_as_supervisord_has_it(tmp_path: Path) -> None:
+    """A value in the block would replace it, and with it the way to the drivers of a device."""
+    block = render.render_program(TEMPLATES, program(), surroundings(tmp_path))
     _, process = Supervisord(str(tmp_path)).read(block.text)
-    assert process.environment == {"GGML_NO_BACKTRACE": "1", "LD_LIBRARY_PATH": bundled}
+    assert process.environment == {"GGML_NO_BACKTRACE": "1"}
     assert block.environment == process.environment
 
 
@@ -254,8 +252,7 @@ def test_no_hostile_text_passes_in_any_value(
     folder = Path(around.directory)
     for change in ("directory", "log_folder", "run_folder"):
         assert_refused(program(), surroundings(folder, **{change: f"/m/{text}"}))
-    libraries = engine(path=ENGINE, library_path=f"/m/{text}")
-    assert_refused(program(), surroundings(folder, engine=libraries))
+    assert_refused(program(), surroundings(folder, engine=f"/m/{text}"))
 
 
 @pytest.mark.parametrize("name", sorted(RESERVED_NAMES | {"all", "discover", "gateway", "synapse"}))
