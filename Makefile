@@ -1,6 +1,7 @@
 # make run    from nothing to models that answer (Ctrl-C stops everything)
 # make test   the whole suite; make real adds the tests that need the real 270M model
 # make stress  500 switches between two models, COUNT=… for another number
+# make faults  each fault, COUNT times in a row (20), within the times promised
 # make bench  the benchmarks; figures in README.md
 # make lint   ruff, mypy, import contracts
 
@@ -9,9 +10,9 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 ARGS ?=
 PYTEST_ARGS ?=
-COUNT ?= 500
+COUNT ?=
 
-.PHONY: run test real stress lint bench clean
+.PHONY: run test real stress faults lint bench clean
 
 run: $(VENV)/.run
 	@exec $(BIN)/synapse up $(ARGS)
@@ -25,7 +26,13 @@ real: $(VENV)/.real
 
 # A switch takes about a second; every fifth one meets a kill -9.
 stress: $(VENV)/.test
-	SYNAPSE_SWITCHES=$(COUNT) $(BIN)/python -m pytest tests/integration/test_stress.py -rP $(PYTEST_ARGS)
+	SYNAPSE_SWITCHES=$(or $(COUNT),500) $(BIN)/python -m pytest tests/integration/test_stress.py -rP $(PYTEST_ARGS)
+
+# About four minutes a round.
+faults: $(VENV)/.test
+	@for round in $$(seq $(or $(COUNT),20)); do echo "round $$round"; \
+		SYNAPSE_PATIENCE=1 $(BIN)/python -m pytest tests/integration/test_healing.py -q \
+			$(PYTEST_ARGS) || exit; done
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -45,11 +45,14 @@ from supervisor_synapse.observe import Observer, Watched, planned, slots_busy
 _RPC_TIMEOUT_SECONDS = 5.0
 _IDLE_TICK_SECONDS = 1.0
 _BUSY_TICK_SECONDS = 0.1  # while something is on its way
+_ENDING_TICK_SECONDS = 0.03  # while a process ends: a swap waits for that
 _SHORTEST_TICK_SECONDS = 0.02
 _BLIND_SECONDS = 5.0  # a turn that took longer saw too little to judge by
 _BEAT_SECONDS = 2.0  # the plugin hears from us at least so often
 _LAST_WRITE_SECONDS = 2.0
 _REPEAT_SECONDS = 60.0  # between two complaints about the same file
+
+_ENDING = frozenset({Phase.STOPPING, Phase.VERIFYING})
 
 _log = logging.getLogger("synapse")
 
@@ -128,10 +131,13 @@ class Listener:
 
     def _pause(self) -> float:
         """A little uneven, so that many listeners do not beat in step."""
-        under_way = self._commands.is_swapping or any(
-            state.phase in UNDER_WAY for state in self._states.values()
-        )
-        pause = _BUSY_TICK_SECONDS if under_way else _IDLE_TICK_SECONDS
+        phases = {state.phase for state in self._states.values()}
+        if phases & _ENDING:
+            pause = _ENDING_TICK_SECONDS
+        elif self._commands.is_swapping or phases & UNDER_WAY:
+            pause = _BUSY_TICK_SECONDS
+        else:
+            pause = _IDLE_TICK_SECONDS
         return min(pause, self._until_retry()) * random.uniform(0.9, 1.1)  # noqa: S311 - not a secret
 
     def _until_retry(self) -> float:
@@ -254,8 +260,8 @@ class Listener:
                         "action": type(action).__name__, "model": action.name, "reason": refusal,
                     },
                 )  # fmt: skip
-        if decision.actions:
-            self._wake.set()
+        if decision.actions or decision.transitions:
+            self._wake.set()  # the next step follows at once
 
     def _remember(self) -> None:
         """Begin to write down what the listener after us must know; while that takes long, only

@@ -48,6 +48,7 @@ BIN = Path(sys.executable).parent
 T = TypeVar("T")
 
 _POLL_SECONDS = 0.05
+_PATIENCE = float(os.environ.get("SYNAPSE_PATIENCE", "2"))
 _COMMAND_SECONDS = 60.0
 _READY_SECONDS = 60.0
 _FOREIGN = ("SYNAPSE_", "HF_", "HUGGINGFACE_", "LLAMA_", "XDG_")
@@ -68,6 +69,11 @@ def wait_until(predicate: Callable[[], T], seconds: float, what: str = "") -> T:
         if time.monotonic() > deadline:
             raise AssertionError(f"not within {seconds} s: {what or predicate}; last: {value!r}")
         time.sleep(_POLL_SECONDS)
+
+
+def promised(seconds: float) -> float:
+    """What a model's user is promised, made wider for a busy machine; SYNAPSE_PATIENCE=1: exact."""
+    return seconds * _PATIENCE
 
 
 def holds_for(predicate: Callable[[], object], seconds: float) -> bool:

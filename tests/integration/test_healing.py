@@ -46,6 +46,7 @@ from tests.integration.harness import (
     http,
     lost_requests,
     port_is_free,
+    promised,
     stranger_on,
     stranger_server,
     wait_until,
@@ -141,8 +142,8 @@ def test_a_server_that_dies_is_noticed_at_once_and_back_soon(
     with _undisturbed(fleet, name):
         since = time.time()
         server.send_signal(number)
-        fleet.wait_for_step(name, since, 1.5, out_of="ready")
-        fleet.wait_for_step(name, since, 5, to="ready")
+        fleet.wait_for_step(name, since, promised(1.5), out_of="ready")
+        fleet.wait_for_step(name, since, promised(5), to="ready")
         after = fleet.model(name)
         assert chat(after)
     assert after["restarts"] == before["restarts"] + 1
@@ -159,8 +160,8 @@ def test_a_stopped_server_is_unready_then_killed_and_replaced(fleet: Deployment)
     with _undisturbed(fleet, "halt"):
         since = time.time()
         server.suspend()
-        fleet.wait_for_step("halt", since, 5, out_of="ready")
-        fleet.wait_for_step("halt", since, 12, to="ready")
+        fleet.wait_for_step("halt", since, promised(5), out_of="ready")
+        fleet.wait_for_step("halt", since, promised(12), to="ready")
         assert _is_gone(server)
         after = fleet.model("halt")
         assert chat(after)
@@ -527,9 +528,9 @@ def _is_busy(url: str) -> bool:
 def test_a_server_that_computes_nothing_is_found_and_replaced(wedges: Wedges, name: str) -> None:
     """Found within 15 s, ready again within 25 s; /health alone would have seen nothing."""
     at, since = wedges.at, wedges.since[name]
-    left = at.wait_for_step(name, since, 15, out_of="ready")
+    left = at.wait_for_step(name, since, promised(15), out_of="ready")
     assert left["class"] in (None, "wedged")
-    at.wait_for_step(name, since, 25, to="ready")
+    at.wait_for_step(name, since, promised(25), to="ready")
     model = at.model(name)
     assert model["pid"] != wedges.pids[name]
     assert model["last_failure"]["class"] == "wedged"
@@ -604,7 +605,7 @@ def _blob(deployment: Deployment, name: str) -> Path:
 
 def test_the_good_half_is_ready_as_if_alone(halves: Halves) -> None:
     for name in GOOD:
-        halves.at.wait_for_step(name, halves.since, halves.alone_seconds + 2, to="ready")
+        halves.at.wait_for_step(name, halves.since, promised(halves.alone_seconds + 2), to="ready")
     models = halves.at.models()
     assert all(chat(models[name]) for name in GOOD)
 
@@ -618,7 +619,7 @@ def test_a_model_that_cannot_work_fails_at_once_and_is_not_tried_again(
     failed = at.wait_for_step(name, halves.since, 15, to="failed")
     steps = at.steps(name, halves.since)
     begun = [step["when"] for step in steps if step["to"] in ("loading", "failed")]
-    assert failed["when"] - begun[0] <= 3
+    assert failed["when"] - begun[0] <= promised(3)
     assert failed["class"] == BAD[name]
     assert failed["evidence"]
     left_seconds = failed["when"] + 3 - time.time()
@@ -721,8 +722,8 @@ def scripted(llama_server: Engine) -> Iterator[Scripted]:
 def test_standing_counters_are_found_whatever_slots_answers(scripted: Scripted, name: str) -> None:
     """Found within 15 s, ready again within 25 s, though /health says 200 all the while."""
     at, since = scripted.at, scripted.wedged
-    at.wait_for_step(name, since, 15, out_of="ready")
-    at.wait_for_step(name, since, 25, to="ready")
+    at.wait_for_step(name, since, promised(15), out_of="ready")
+    at.wait_for_step(name, since, promised(25), to="ready")
     assert at.model(name)["last_failure"]["class"] == "wedged"
     assert len(scripted.script.starts(name)) == 2
 
@@ -819,8 +820,8 @@ def test_a_server_that_ends_at_a_moment_of_its_own_is_noticed(scripted: Scripted
     _, pid, _ = script.starts("calm")[-1]
     since = time.time()
     script.set("calm", exit_now=pid)
-    at.wait_for_step("calm", since, 1.5, out_of="ready")
-    at.wait_for_step("calm", since, 5, to="ready")
+    at.wait_for_step("calm", since, promised(1.5), out_of="ready")
+    at.wait_for_step("calm", since, promised(5), to="ready")
     assert at.model("calm")["last_failure"]["class"] == "crashed"
 
 
