@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from supervisor_synapse.core.model import Estimate, Header
+from supervisor_synapse.core.model import Estimate, Header, Part, Source
 from supervisor_synapse.core.settings import MIB
 
 _CACHE_ELEMENT_BYTES = 2  # f16
@@ -46,14 +46,15 @@ def estimate(header: Header, load: Load, projector_bytes: int = 0) -> Estimate:
     kv_bytes = sum(count * _row_bytes(header, layer) for layer, count in enumerate(cells) if count)
     on_host = backend == "CPU"
     overhead = _OVERHEAD_BYTES.get(backend, _UNKNOWN_BACKEND_OVERHEAD_BYTES)
-    return Estimate(
+    part = Part(
+        device=load.device,
         weights_bytes=_weights(header, on_host=on_host) + projector_bytes,
         kv_bytes=kv_bytes,
         recurrent_bytes=_recurrent(header, load.parallel),
         compute_bytes=_compute(header, load),
         overhead_bytes=overhead + (prompt_cache_bytes(kv_bytes) if on_host else 0),
-        source="header",
     )
+    return Estimate((part,), Source.HEADER)
 
 
 def prompt_cache_bytes(kv_bytes: int) -> int:

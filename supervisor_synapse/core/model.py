@@ -195,16 +195,25 @@ class Device:
         return self.name == "CPU"
 
 
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """What a model will take on its device, in bytes, and where the figure comes from."""
+class Source(Enum):
+    """Where a figure for memory comes from; the first is the best."""
 
-    weights_bytes: int
-    kv_bytes: int
-    recurrent_bytes: int
-    compute_bytes: int
-    overhead_bytes: int
-    source: str
+    LEARNED = "learned"  # an earlier load of the same file, arguments, engine and device
+    DRY_RUN = "dry-run"  # the engine's own word, without loading
+    CALIBRATED = "calibrated"  # the formula, with the model's scratch from a load or a dry run
+    HEADER = "header"  # the formula alone
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one model takes on one device, in bytes; `device` is the engine's name, or CPU."""
+
+    device: str
+    weights_bytes: int = 0
+    kv_bytes: int = 0
+    recurrent_bytes: int = 0
+    compute_bytes: int = 0  # scratch, and the buffer for what comes out
+    overhead_bytes: int = 0  # what the process takes beside its buffers
 
     @property
     def total_bytes(self) -> int:
@@ -215,6 +224,26 @@ class Estimate:
             + self.compute_bytes
             + self.overhead_bytes
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a model will take, device by device (each once), and where the figures come from."""
+
+    parts: tuple[Part, ...] = ()
+    source: Source = Source.HEADER
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(part.total_bytes for part in self.parts)
+
+    @property
+    def kv_bytes(self) -> int:
+        return sum(part.kv_bytes for part in self.parts)
+
+    def on(self, device: str) -> int:
+        """Bytes on one device."""
+        return sum(part.total_bytes for part in self.parts if part.device == device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,6 +258,24 @@ class Engine:
 def http_url(host: str, port: int) -> str:
     """Where a server on an address answers."""
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One way to serve a model: what is started, and what that takes.
+
+    The ladder of a model begins with what was configured; each further rung takes less memory.
+    """
+
+    label: str  # "as configured", "context 4096", "12 of 29 layers on CUDA0" …
+    key: str  # of the model whose files are served: its own, or another on the lower rungs
+    context: int
+    device: str  # where most of it lies, for people: "CUDA0", "CUDA0,CUDA1", "CPU"
+    arguments: tuple[str, ...]  # for llama-server, without the files
+    estimate: Estimate
+    model_path: str
+    projector_path: str | None = None
+    shards: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,8 +297,7 @@ class Program:
     context: int
     parallel: int
     device: str
-    estimate_bytes: int
-    estimate_source: str
+    estimate: Estimate
     size_bytes: int
     quantization: str
     parameters: int
@@ -261,6 +307,16 @@ class Program:
     arguments: tuple[str, ...]  # for llama-server, without the files
     fallback: str | None = None
     pinned: bool = False
+    ladder: tuple[Variant, ...] = ()  # () where there is nothing to choose
+    rung: int = 0  # of the ladder: the one that is deployed
+
+    @property
+    def estimate_bytes(self) -> int:
+        return self.estimate.total_bytes
+
+    @property
+    def estimate_source(self) -> str:
+        return self.estimate.source.value
 
     @property
     def url(self) -> str:

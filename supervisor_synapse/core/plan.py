@@ -89,10 +89,27 @@ class _Fit:
 
 
 def with_port(program: Program, port: int) -> Program:
-    """The same program on another port."""
-    words = list(program.arguments)
+    """The same program on another port, on every rung."""
+    ladder = tuple(
+        replace(variant, arguments=_on_port(variant.arguments, port)) for variant in program.ladder
+    )
+    return replace(program, port=port, arguments=_on_port(program.arguments, port), ladder=ladder)
+
+
+def _on_port(arguments: tuple[str, ...], port: int) -> tuple[str, ...]:
+    words = list(arguments)
     words[words.index("--port") + 1] = str(port)
-    return replace(program, port=port, arguments=tuple(words))
+    return tuple(words)
+
+
+def with_rung(program: Program, rung: int) -> Program:
+    """The same program as another rung of its ladder serves it: same name, port and alias."""
+    variant = program.ladder[rung]
+    return replace(
+        program, rung=rung, context=variant.context, device=variant.device,
+        arguments=variant.arguments, estimate=variant.estimate, model_path=variant.model_path,
+        projector_path=variant.projector_path, shards=variant.shards,
+    )  # fmt: skip
 
 
 def repo_file(model: Model | Program) -> str:
@@ -401,8 +418,7 @@ def _program(
         tier=candidate.rule.tier, role=model.role, priority=candidate.rule.priority,
         enabled=enabled, reason=reason, host=settings.host, port=port, alias=serving.alias,
         context=fit.context, parallel=serving.parallel, device=fit.device.name,
-        estimate_bytes=fit.estimate.total_bytes, estimate_source=fit.estimate.source,
-        size_bytes=model.size_bytes, quantization=model.quantization,
+        estimate=fit.estimate, size_bytes=model.size_bytes, quantization=model.quantization,
         parameters=model.header.parameters, model_path=model.path,
         projector_path=model.projector, shards=model.shards,
         arguments=server_arguments(serving, engine), fallback=said.fallback,

@@ -8,15 +8,18 @@ from supervisor_synapse.core.catalog import FoundFile, Model
 from supervisor_synapse.core.model import (
     Device,
     Engine,
+    Estimate,
     FileIdentity,
     FileKind,
     Header,
     Incarnation,
+    Part,
     Phase,
     ProcessState,
     Program,
     Role,
     Row,
+    Source,
     Tier,
 )
 from supervisor_synapse.core.plan import World
@@ -74,6 +77,11 @@ def file(**changes: Any) -> FoundFile:
 _ONLY_IN_HEADER = frozenset(Header.__dataclass_fields__) - frozenset(Model.__dataclass_fields__)
 
 
+def taking(size_bytes: int, device: str = "CPU", source: Source = Source.HEADER) -> Estimate:
+    """An estimate of so many bytes on one device."""
+    return Estimate((Part(device, weights_bytes=size_bytes),), source)
+
+
 def program(**changes: Any) -> Program:
     """What supervisord shall run for a tiny model."""
     values: dict[str, Any] = {
@@ -81,7 +89,7 @@ def program(**changes: Any) -> Program:
         "tier": Tier.FAST, "role": Role.TEXT, "priority": 10, "enabled": True,
         "reason": "fits: 200 MiB of 900 MiB left on CPU", "host": "127.0.0.1", "port": 8100,
         "alias": "tiny", "context": 4096, "parallel": 4, "device": "CPU",
-        "estimate_bytes": 200 * MIB, "estimate_source": "header", "size_bytes": 100 * MIB,
+        "estimate": taking(200 * MIB), "size_bytes": 100 * MIB,
         "quantization": "Q4_K_M", "parameters": 1_000_000_000, "model_path": "/models/tiny.gguf",
         "projector_path": None, "shards": (), "arguments": ("--port", "8100"),
     }  # fmt: skip

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from supervisor_synapse.adapters import gguf_header
 from supervisor_synapse.core.estimate import Load, estimate, prompt_cache_bytes
-from supervisor_synapse.core.model import Header
+from supervisor_synapse.core.model import Header, Part
 from tests.conftest import Engine, free_port
 from tests.gguf_factory import write_model
 from tests.unit.builders import GIB, KIB, MIB, header
@@ -25,8 +25,14 @@ F16 = 2
 GEMMA = {"architecture": "gemma3", "layers": 6, "sliding_window": 512}
 
 
+def taken(*arguments: Any) -> Part:
+    """What is taken on the one device."""
+    (part,) = estimate(*arguments).parts
+    return part
+
+
 def kv(made: Header, **load: Any) -> int:
-    return estimate(made, Load(**({"context": 4096, "parallel": 4} | load))).kv_bytes
+    return taken(made, Load(**({"context": 4096, "parallel": 4} | load))).kv_bytes
 
 
 # --- the cache -----------------------------------------------------------------------------------
@@ -113,7 +119,7 @@ def test_a_window_wider_than_the_context_saves_nothing() -> None:
 def test_recurrent_layers_keep_a_state_for_each_slot_instead_of_cells() -> None:
     """4 bytes × slots × (convolution + state) for each layer without attention."""
     made = header(layers=4, heads_kv=(0, 0, 0, 2), recurrent_state=(4, 128, 16, 8, 1))
-    found = estimate(made, Load(4096, 3))
+    found = taken(made, Load(4096, 3))
     assert found.recurrent_bytes == 4 * 3 * 3 * ((4 - 1) * (128 + 2 * 1 * 16) + 16 * 128)
     assert found.kv_bytes == 4096 * (16 + 16) * 2 * F16
 
@@ -132,11 +138,11 @@ def test_the_token_embedding_stays_on_the_host_unless_it_is_the_output_too(
     device: str, has_output: bool, counted: int
 ) -> None:
     made = header(has_output=has_output, tensor_bytes=100 * MIB, embedding_bytes=10 * MIB)
-    assert estimate(made, Load(4096, 4, device=device)).weights_bytes == counted * MIB
+    assert taken(made, Load(4096, 4, device=device)).weights_bytes == counted * MIB
 
 
 def test_a_projector_lies_beside_the_weights() -> None:
-    with_it, without = (estimate(header(), Load(4096, 4), size) for size in (7 * MIB, 0))
+    with_it, without = (taken(header(), Load(4096, 4), size) for size in (7 * MIB, 0))
     assert with_it.weights_bytes - without.weights_bytes == 7 * MIB
     assert with_it.total_bytes - without.total_bytes == 7 * MIB
 
@@ -145,16 +151,16 @@ def test_a_projector_lies_beside_the_weights() -> None:
     ("device", "mib"), [("CUDA0", 550), ("ROCm1", 450), ("Metal", 512), ("Vulkan12", 64)]
 )
 def test_a_process_takes_memory_beside_its_buffers(device: str, mib: int) -> None:
-    assert estimate(header(), Load(4096, 4, device=device)).overhead_bytes == mib * MIB
+    assert taken(header(), Load(4096, 4, device=device)).overhead_bytes == mib * MIB
 
 
 def test_an_unknown_backend_is_not_taken_for_free() -> None:
-    assert estimate(header(), Load(4096, 4, device="RPC0")).overhead_bytes >= 64 * MIB
+    assert taken(header(), Load(4096, 4, device="RPC0")).overhead_bytes >= 64 * MIB
 
 
 def test_prompts_kept_on_the_host_are_counted_there() -> None:
     made = header(layers=32, heads=(32,), heads_kv=(8,), embedding_length=4096)
-    small, large = (estimate(made, Load(context, 4)) for context in (256, 32768))
+    small, large = (taken(made, Load(context, 4)) for context in (256, 32768))
     grown = large.overhead_bytes - small.overhead_bytes
     assert grown == prompt_cache_bytes(large.kv_bytes) - prompt_cache_bytes(small.kv_bytes) > 0
 
@@ -168,7 +174,7 @@ def test_kept_prompts_stay_within_reason() -> None:
 
 def compute(made: Header, **load: Any) -> int:
     """Without the logits, which a vocabulary of none leaves out."""
-    return estimate(made, Load(**({"context": 32768, "parallel": 4} | load))).compute_bytes
+    return taken(made, Load(**({"context": 32768, "parallel": 4} | load))).compute_bytes
 
 
 def test_scratch_is_the_mask_and_the_widest_activations() -> None:
@@ -225,19 +231,18 @@ _LOADS = st.builds(
 @given(made=_HEADERS, load=_LOADS, more=st.integers(1, 2**16))
 def test_more_of_anything_never_takes_less(made: Header, load: Load, more: int) -> None:
     """And no header, however odd, breaks the arithmetic or gives memory back."""
-    base = estimate(made, load, 0)
+    base = taken(made, load, 0)
     parts = (base.weights_bytes, base.kv_bytes, base.recurrent_bytes, base.compute_bytes)
     assert all(type(part) is int and part >= 0 for part in parts)
     assert base.overhead_bytes > 0
     assert base.total_bytes == sum(parts) + base.overhead_bytes
-    assert base.source
     for name in ("context", "parallel", "ubatch"):
         grown = {
             key: getattr(load, key) + (more if key == name else 0)
             for key in ("context", "parallel", "ubatch")
         }
-        assert estimate(made, Load(**grown, device=load.device)).total_bytes >= base.total_bytes
-    assert estimate(made, load, more).total_bytes == base.total_bytes + more
+        assert taken(made, Load(**grown, device=load.device)).total_bytes >= base.total_bytes
+    assert taken(made, load, more).total_bytes == base.total_bytes + more
 
 
 # --- the real engine -----------------------------------------------------------------------------
@@ -308,7 +313,7 @@ def test_the_real_engine_takes_what_was_estimated(
     """Cache and weights to the rounding of its log; scratch within a twentieth and one MiB."""
     wide = {"embedding": 256, "feed_forward": 1024, "context": 32768} | shape
     path = write_model(tmp_path / "model.gguf", **wide)
-    expected = estimate(gguf_header.read(path), load)
+    expected = taken(gguf_header.read(path), load)
     found = measure(llama_server, path, load)
     assert found["kv"] == pytest.approx(expected.kv_bytes / MIB, abs=0.02)
     assert found["model"] == pytest.approx(expected.weights_bytes / MIB, abs=0.05)

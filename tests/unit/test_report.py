@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from supervisor_synapse import report
 from supervisor_synapse.core.model import Device, Failure, FailureClass, Phase, Role, Row, Tier
-from tests.unit.builders import GIB, MIB, gpu, program, row
+from tests.unit.builders import GIB, MIB, gpu, program, row, taking
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -240,7 +240,7 @@ def test_what_up_ends_with_is_what_the_readme_shows() -> None:
 
 def test_a_plan_shows_the_waves_and_what_stays_out() -> None:
     first, second = program(name="one"), program(name="two", tier=Tier.POWERFUL, port=8101)
-    out = program(name="three", reason="does not fit: 9 GiB of 8 GiB", estimate_bytes=12 * GIB)
+    out = program(name="three", reason="does not fit: 9 GiB of 8 GiB", estimate=taking(12 * GIB))
     lines = report.plan_table([[first], [second]], [out]).split("\n")
     assert [line.split()[:3] for line in lines[1:]] == [
         ["1", "one", "FAST"], ["2", "two", "POWERFUL"], ["-", "three", "FAST"],
