@@ -195,6 +195,21 @@ class Device:
         return self.name == "CPU"
 
 
+@dataclass(frozen=True, slots=True)
+class DeviceReading:
+    """The memory of one device now, in bytes.
+
+    `free_bytes` is None where its reader failed: then nothing is known, least of all that memory is
+    free, and `problem` says why. `held_bytes`: by program name, where the driver tells.
+    """
+
+    name: str  # the engine's name, or CPU
+    total_bytes: int
+    free_bytes: int | None
+    held_bytes: tuple[tuple[str, int], ...] = ()
+    problem: str = ""
+
+
 class Source(Enum):
     """Where a figure for memory comes from; the first is the best."""
 
