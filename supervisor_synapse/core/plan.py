@@ -87,6 +87,11 @@ class _Fit:
     estimate: Estimate
     fits: bool
 
+    @property
+    def needs_bytes(self) -> int:
+        """On the device."""
+        return self.estimate.on(self.device.name)
+
 
 def with_port(program: Program, port: int) -> Program:
     """The same program on another port, on every rung."""
@@ -210,7 +215,9 @@ def _place_wanted(candidates: Sequence[_Candidate], settings: Settings, world: W
         reasons[key] = _fits(fit, budget) if fit.fits else _does_not_fit(fit, budget)
         repos_served.add(repo)
         if fit.fits:
-            budget[fit.device.name] -= fit.estimate.total_bytes
+            for part in fit.estimate.parts:
+                if part.device in budget:
+                    budget[part.device] -= part.total_bytes
     return _Outcome(fits, reasons)
 
 
@@ -327,7 +334,7 @@ def _place(candidate: _Candidate, world: World, budget: Mapping[str, int]) -> _F
         for device in devices:
             if device.name == earlier.device and earlier.context in contexts:
                 fit = _fit(candidate, device, earlier.context, budget)
-                if fit.fits or (earlier.placed and fit.estimate.total_bytes <= device.total_bytes):
+                if fit.fits or (earlier.placed and fit.needs_bytes <= device.total_bytes):
                     return fit
     for context in contexts:
         for device in devices:
@@ -371,9 +378,12 @@ def _contexts(candidate: _Candidate) -> list[int]:
 def _fit(candidate: _Candidate, device: Device, context: int, budget: Mapping[str, int]) -> _Fit:
     model = candidate.model
     ubatch = embedding_batch(context) if model.role in (Role.EMBEDDING, Role.RERANKER) else 512
-    load = Load(context, _parallel(candidate), ubatch, device.name)
-    needed = estimate(model.header, load, model.projector_bytes)
-    return _Fit(device, context, needed, needed.total_bytes <= budget[device.name])
+    load = Load(
+        context, _parallel(candidate), ubatch, devices=() if device.is_host else (device.name,)
+    )
+    needed = estimate(model.header, load, projector_bytes=model.projector_bytes)
+    fits = all(needed.on(name) <= left for name, left in budget.items())
+    return _Fit(device, context, needed, fits)
 
 
 def _parallel(candidate: _Candidate) -> int:
@@ -389,12 +399,12 @@ def _alone(world: World, settings: Settings) -> dict[str, int]:
 
 
 def _fits(fit: _Fit, budget: Mapping[str, int]) -> str:
-    needs, left = fit.estimate.total_bytes, budget[fit.device.name]
+    needs, left = fit.needs_bytes, budget[fit.device.name]
     return f"fits: {mib(needs)} of {mib(left)} left on {fit.device.name}"
 
 
 def _does_not_fit(fit: _Fit, budget: Mapping[str, int]) -> str:
-    needs, left = fit.estimate.total_bytes, max(budget[fit.device.name], 0)
+    needs, left = fit.needs_bytes, max(budget[fit.device.name], 0)
     return (
         f"does not fit: needs {mib(needs)} at context {fit.context}, "
         f"{mib(left)} left on {fit.device.name}"

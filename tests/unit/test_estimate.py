@@ -25,10 +25,13 @@ F16 = 2
 GEMMA = {"architecture": "gemma3", "layers": 6, "sliding_window": 512}
 
 
-def taken(*arguments: Any) -> Part:
-    """What is taken on the one device."""
-    (part,) = estimate(*arguments).parts
-    return part
+def taken(made: Header, load: Load, projector_bytes: int = 0) -> Part:
+    """What is taken where the model computes: on its one device, else on the host."""
+    return estimate(made, load, projector_bytes=projector_bytes).parts[0]
+
+
+def on(device: str) -> tuple[str, ...]:
+    return () if device == "CPU" else (device,)
 
 
 def kv(made: Header, **load: Any) -> int:
@@ -138,7 +141,7 @@ def test_the_token_embedding_stays_on_the_host_unless_it_is_the_output_too(
     device: str, has_output: bool, counted: int
 ) -> None:
     made = header(has_output=has_output, tensor_bytes=100 * MIB, embedding_bytes=10 * MIB)
-    assert taken(made, Load(4096, 4, device=device)).weights_bytes == counted * MIB
+    assert taken(made, Load(4096, 4, devices=on(device))).weights_bytes == counted * MIB
 
 
 def test_a_projector_lies_beside_the_weights() -> None:
@@ -151,11 +154,11 @@ def test_a_projector_lies_beside_the_weights() -> None:
     ("device", "mib"), [("CUDA0", 550), ("ROCm1", 450), ("Metal", 512), ("Vulkan12", 64)]
 )
 def test_a_process_takes_memory_beside_its_buffers(device: str, mib: int) -> None:
-    assert taken(header(), Load(4096, 4, device=device)).overhead_bytes == mib * MIB
+    assert taken(header(), Load(4096, 4, devices=on(device))).overhead_bytes == mib * MIB
 
 
 def test_an_unknown_backend_is_not_taken_for_free() -> None:
-    assert taken(header(), Load(4096, 4, device="RPC0")).overhead_bytes >= 64 * MIB
+    assert taken(header(), Load(4096, 4, devices=("XPU0",))).overhead_bytes >= 64 * MIB
 
 
 def test_prompts_kept_on_the_host_are_counted_there() -> None:
@@ -223,7 +226,7 @@ _HEADERS = st.builds(
 )  # fmt: skip
 _LOADS = st.builds(
     Load, context=st.integers(1, 2**24), parallel=st.integers(1, 256),
-    ubatch=st.integers(1, 2048), device=st.sampled_from(["CPU", "CUDA0", "RPC3", "Vulkan0", "7"]),
+    ubatch=st.integers(1, 2048), devices=st.sampled_from(["CPU", "CUDA0", "RPC3", "7"]).map(on),
 )  # fmt: skip
 
 
@@ -241,7 +244,7 @@ def test_more_of_anything_never_takes_less(made: Header, load: Load, more: int) 
             key: getattr(load, key) + (more if key == name else 0)
             for key in ("context", "parallel", "ubatch")
         }
-        assert taken(made, Load(**grown, device=load.device)).total_bytes >= base.total_bytes
+        assert taken(made, Load(**grown, devices=load.devices)).total_bytes >= base.total_bytes
     assert taken(made, load, more).total_bytes == base.total_bytes + more
 
 

@@ -73,8 +73,9 @@ def again(plan: Plan, **changes: Any) -> World:
 
 
 def need(made: Model, context: int, parallel: int = 4, device: str = "CPU") -> int:
-    """Bytes that it takes."""
-    return estimate(made.header, Load(context, parallel, device=device)).total_bytes
+    """Bytes that it takes on the device."""
+    devices = () if device == "CPU" else (device,)
+    return estimate(made.header, Load(context, parallel, devices=devices)).on(device)
 
 
 def with_room(size_bytes: int) -> dict[str, Any]:
@@ -366,7 +367,9 @@ def test_what_fits_together_never_takes_more_than_a_device_has_beside_its_reserv
     found = planned(models, settings, devices=(*devices, host()))
     for device in devices:
         taken = sum(
-            p.estimate_bytes for p in found.values() if p.enabled and p.device == device.name
+            p.estimate.on(device.name)
+            for p in found.values()
+            if p.enabled and p.device == device.name
         )
         assert taken <= max(device.free_bytes - reserve * MIB, 0)
 
