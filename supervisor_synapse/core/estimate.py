@@ -308,6 +308,8 @@ def _take_scratch(
     for stretch in stretches:
         found = taken[stretch.device]
         widest = _widest_bytes(model, load, stretch, handed, scratch_elements)
+        if stretch.device == HOST:
+            widest += row  # the embeddings, which the host looks up
         if stretch.last > model.layers:
             widest = max(widest, _output_bytes(model, load))
         found.compute += widest
@@ -317,7 +319,8 @@ def _take_scratch(
         handed = _handed(model, load, stretch)
     host, inputs = taken[HOST], _input_bytes(model, load, stretches)  # it sees to all of them
     host.compute += inputs + _pipeline_bytes(model, load, inputs)
-    host.compute += row if stretches[0].device == HOST else _host_bytes(model, load)
+    if stretches[0].device != HOST:
+        host.compute += _host_bytes(model, load)
     host.compute += _output_copy_bytes(model, load)
 
 
@@ -344,9 +347,15 @@ def _widest_bytes(
 
 def _feeding(model: Profile, load: Load, stretch: _Stretch) -> Iterable[tuple[Kind, int]]:
     """Kinds of layers that feed all tokens forward: the last one only those with an output."""
-    if stretch.last < model.layers or model.feeds_every_token or load.embeddings:
-        return stretch.kinds
-    return model.kinds_between(stretch.first, model.layers - 1)
+    feeding = model.computing
+    if not (model.feeds_every_token or load.embeddings):
+        feeding -= 1
+    return model.kinds_between(stretch.first, min(stretch.last, feeding))
+
+
+def _seen(model: Profile, load: Load, *, windowed: bool) -> int:
+    """Cells that a token may attend to."""
+    return _cells(model, load, windowed=windowed) if model.has_cache else _tokens(load)
 
 
 def _attended(model: Profile, load: Load, kind: Kind) -> int:
@@ -354,7 +363,7 @@ def _attended(model: Profile, load: Load, kind: Kind) -> int:
     widest = max(kind.latent, kind.queries)
     if load.flash_attention:
         return max(widest, kind.values + kind.keys // 2)
-    seen = _cells(model, load, windowed=kind.windowed) if kind.keys else _tokens(load)
+    seen = _seen(model, load, windowed=kind.windowed)
     return model.heads * seen + widest
 
 
@@ -386,7 +395,7 @@ def _input_bytes(model: Profile, load: Load, stretches: Iterable[_Stretch]) -> i
     }
     total = 24 * tokens
     for windowed, kind in kinds.items():
-        seen = _cells(model, load, windowed=windowed) if kind.keys else tokens
+        seen = _seen(model, load, windowed=windowed)
         if load.flash_attention:
             total += _F16_BYTES * tokens * seen
         else:  # values lie crosswise: a place for each element
@@ -422,4 +431,4 @@ def _output_bytes(model: Profile, load: Load) -> int:
 
 def _output_copy_bytes(model: Profile, load: Load) -> int:
     gives_embeddings = model.gives_embeddings or load.embeddings
-    return _F32_BYTES * _slots(load) * (model.words_copied + model.width * gives_embeddings)
+    return _F32_BYTES * _slots(load) * (model.vocabulary + model.width * gives_embeddings)

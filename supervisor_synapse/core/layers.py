@@ -75,6 +75,7 @@ class Profile:
     """A header's layers. In sums, element i is the sum over the layers before i."""
 
     layers: int
+    computing: int  # of these, the first ones: those that predict further tokens stay unused
     kinds: tuple[Kind, ...]
     counts: tuple[tuple[int, ...], ...]  # sums, for each kind
     block_bytes: tuple[int, ...]  # sums
@@ -84,11 +85,12 @@ class Profile:
     output_bytes: int  # weights beside blocks and inputs
     width: int  # of the hidden state
     heads: int
+    has_cache: bool  # an encoder has none
     window: int  # tokens
     queries: int  # in the layer that has most
     looked_up: int  # rows that become the first layer's input
     words: int  # for which the last step gives a figure
-    words_copied: int  # and for which the host keeps one
+    vocabulary: int  # words for which the host keeps one
     handed: int  # by experts, to be summed up
     gives_embeddings: bool  # every token has an output
     feeds_every_token: bool  # in the last layer, too
@@ -114,26 +116,29 @@ def profile(header: Header) -> Profile:
     """Kept by header: a plan asks for many loads of each."""
     layers = _kinds(header)
     kinds = tuple(dict.fromkeys(layers))
-    blocks = _sums(_at_most(header.block_bytes, header.layers))
+    computing = max(header.layers - header.predicting_layers, 0)
+    blocks = header.block_bytes[: header.layers]
     inputs = max(header.input_bytes, header.embedding_bytes)
     name, words = header.architecture, header.vocabulary_size
     is_tied = not header.has_output and name not in _WITHOUT_OUTPUT
     return Profile(
         layers=header.layers,
+        computing=computing,
         kinds=kinds,
         counts=tuple(_sums([layer is kind for layer in layers]) for kind in kinds),
-        block_bytes=blocks,
-        expert_bytes=_sums(_at_most(header.expert_bytes, header.layers)),
+        block_bytes=_sums(_at_most(blocks[:computing], header.layers)),
+        expert_bytes=_sums(_at_most(header.expert_bytes[:computing], header.layers)),
         input_bytes=inputs,
         copied_bytes=header.embedding_bytes if is_tied else 0,
-        output_bytes=max(header.tensor_bytes - inputs - blocks[-1], 0),
+        output_bytes=max(header.tensor_bytes - inputs - sum(blocks), 0),
         width=header.embedding_length,
         heads=max(header.heads, default=0),
+        has_cache=name not in _WITHOUT_CACHE,
         window=_window(header),
         queries=max((kind.queries for kind in kinds), default=0),
         looked_up=3 if name in _WITHOUT_OUTPUT else 2,
         words=0 if name in _WITHOUT_LOGITS else words,
-        words_copied=0 if name in _WITHOUT_OUTPUT else words,
+        vocabulary=words,
         handed=header.experts_used * header.embedding_length,
         gives_embeddings=bool(header.pooling),
         feeds_every_token=name in _FEEDS_EVERY_TOKEN or bool(header.pooling),
@@ -201,7 +206,7 @@ def _kind(header: Header, facts: _Facts) -> Kind:
         queries = facts.heads * (header.key_length_mla or _key_length(header))
         if facts.has_cache:
             keys, values = _cell(header, facts.heads_kv, windowed=windowed)
-    fed, given = _fed(header, facts, attends=attends)
+    fed, given = _fed(header, facts, queries)
     return Kind(
         attends=attends, windowed=windowed, keys=keys, values=values, queries=queries,
         latent=_latent(header, queries) if attends else 0, recurs=facts.recurs,
@@ -222,8 +227,8 @@ def _key_length(header: Header) -> int:
 
 
 def _cached_layers(header: Header) -> list[bool]:
-    """Encoders keep none; some layers use the cache of one before them, or only serve to draft."""
-    own = header.layers - header.shared_kv_layers - header.predicting_layers
+    """Encoders keep none; some layers use the cache of one before them."""
+    own = header.layers - header.shared_kv_layers
     if header.architecture in _WITHOUT_CACHE:
         own = 0
     elif header.architecture == "gemma3n":
@@ -278,13 +283,15 @@ def _windowed_layers(header: Header) -> list[bool]:
 # --- feed forward --------------------------------------------------------------------------------
 
 
-def _fed(header: Header, facts: _Facts, *, attends: bool) -> tuple[int, int]:
+def _fed(header: Header, facts: _Facts, queries: int) -> tuple[int, int]:
     """Gate, projection and product; and what experts give."""
+    if not facts.has_experts and header.ungated:  # it takes the room that queries leave
+        return max(facts.feed_forward - queries, 0), 0
     if not facts.has_experts:
-        return facts.feed_forward * (1 if header.ungated else 3), 0
+        return 3 * facts.feed_forward, 0
     used, width = header.experts_used, header.embedding_length
     inner = header.expert_feed_forward_length or facts.feed_forward
-    kept = width if header.shared_experts and not attends else 0
+    kept = width if header.shared_experts and not queries else 0
     return 3 * used * inner + kept, used * width if width > 2 * inner else 0
 
 
