@@ -353,6 +353,7 @@ class _Fit:
     before: list[_Table] = field(default_factory=list)  # of drafts
     initial: _Table | None = None  # with the arguments as given
     has_begun: bool = False
+    is_over: bool = False  # the first table is whole
     leaves_it: bool = False
     projector: list[tuple[str, int]] = field(default_factory=list)
     unplaced_bytes: int = 0  # of the projector
@@ -361,7 +362,7 @@ class _Fit:
 
 
 def _fit(lines: Iterable[_Line]) -> _Fit | None:
-    """The dry fit of a load, up to its first table; None where it failed or did not finish."""
+    """The dry fit of a load; None where it failed, or its first table is not all there."""
     fit = _Fit()
     table: _Table | None = None
     waiting: list[_Buffer] = []
@@ -378,12 +379,13 @@ def _fit(lines: Iterable[_Line]) -> _Fit | None:
         elif message.startswith(_FIT_START):
             fit.has_begun = True
         elif message.startswith(_FIT_END):
-            return fit if fit.has_begun else None
+            fit.is_over = fit.has_begun
+            break
         elif buffer := _BUFFER.match(message):
             waiting.append(_as_buffer(line, buffer, 0, 0))
         else:
             _read_remark(fit, table, line)
-    return fit if fit.initial is not None and fit.initial.rows else None
+    return fit if fit.is_over and fit.initial is not None and fit.initial.rows else None
 
 
 def _keep(fit: _Fit, table: _Table) -> None:
@@ -407,8 +409,9 @@ def _read_row(table: _Table, message: str) -> None:
 
 def _read_remark(fit: _Fit, table: _Table | None, line: _Line) -> None:
     message = line.message
-    if _FIT_LEAVES_IT in message and line.function.endswith("fit_impl"):
-        fit.leaves_it = True
+    if line.function.endswith("fit_impl"):
+        fit.is_over = fit.is_over or message.startswith(_FIT_PROJECTED)
+        fit.leaves_it = fit.leaves_it or _FIT_LEAVES_IT in message
     elif message.startswith(_MTP_CONTEXT) and table is not None:
         # It drafts with weights of the main model, which are in that model's table as well.
         for name, row in table.rows.items():
