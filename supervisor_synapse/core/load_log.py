@@ -47,7 +47,7 @@ _LINE = re.compile(
 )
 _NUMBER = r"([0-9]{1,9}(?:\.[0-9]{1,6})?)"
 _BUFFER = re.compile(
-    rf"(\S{{1,200}}) +(?:(model|LoRA|KV|RS|compute|output) +)?buffer size *= *{_NUMBER} *MiB",
+    rf"([!-~]{{1,200}}) +(?:(model|LoRA|KV|RS|compute|output) +)?buffer size *= *{_NUMBER} *MiB",
     re.ASCII,
 )
 _OFFLOADED = re.compile(r"offloaded ([0-9]{1,6})/([0-9]{1,6}) layers")
@@ -66,16 +66,16 @@ _NO_ALLOC = "no_alloc "
 
 _TABLE_FUNCTION = "memory_breakdown_print"
 _TABLE_HEAD = "| memory breakdown"
-_ROW_NAME = re.compile(r"\| +- (\S{1,200})")
+_ROW_NAME = re.compile(r"\| +- ([!-~]{1,200})")
 _ROW_FIGURES = re.compile(
     r"([0-9]{1,9}) = +([0-9]{1,9}) \+ +([0-9]{1,9}) \+ +([0-9]{1,9})(?![0-9])"
 )
 _MTP_CONTEXT = "[spec] estimated memory usage of MTP context"
 _PROJECTOR = re.compile(rf"\[mtmd\] estimated worst-case memory usage of mmproj is {_NUMBER} MiB")
 _PROJECTOR_ON = re.compile(
-    rf"\[mtmd\] adding {_NUMBER} MiB to fit_params_target for device (\S{{1,200}})"
+    rf"\[mtmd\] adding {_NUMBER} MiB to fit_params_target for device ([!-~]{{1,200}})"
 )
-_CLIP_ON = re.compile(r"CLIP using (\S{1,200}) backend")
+_CLIP_ON = re.compile(r"CLIP using ([!-~]{1,200}) backend")
 _CLIP_SIZE = re.compile(rf"model size: +{_NUMBER} MiB")
 
 _RPC_BUFFER = re.compile(r"RPC([0-9]{0,4})\[(.{1,150})\]")
