@@ -174,7 +174,7 @@ class _Stretch(NamedTuple):
     device: str
     first: int
     last: int
-    kinds: tuple[tuple[Kind, int], ...]  # with how many there are of each
+    kinds: tuple[tuple[Kind, int], ...]  # of those that compute, with how many there are of each
 
 
 def _devices(load: Load) -> tuple[str, ...]:
@@ -191,12 +191,12 @@ def _stretches(model: Profile, load: Load) -> tuple[_Stretch, ...]:
     devices = _devices(load)
     offloaded = count if load.gpu_layers is None else min(max(load.gpu_layers, 0), count)
     if not devices or not offloaded:
-        return (_Stretch(HOST, 0, count, model.kinds_between(0, count)),)
+        return (_Stretch(HOST, 0, count, model.kinds_between(0, model.computing)),)
     start = count - offloaded
     ends = [start + end for end in _ends(load.split[: len(devices)], len(devices), offloaded)]
     places = zip((HOST, *devices), [0, start, *ends], [start, *ends], strict=False)
     return tuple(
-        _Stretch(device, first, last, model.kinds_between(first, last))
+        _Stretch(device, first, last, model.kinds_between(first, min(last, model.computing)))
         for device, first, last in places
         if first < last
     )
@@ -273,8 +273,8 @@ def _take_caches(
 ) -> None:
     """Keys and values, and recurrent state."""
     state = _F32_BYTES * _slots(load) * sum(model.state)
-    for device, _, _, kinds in stretches:
-        for kind, count in kinds:
+    for device, first, last, _ in stretches:
+        for kind, count in model.kinds_between(first, last):
             if kind.keys or kind.values:
                 cells = count * _streams(load) * _cells(model, load, windowed=kind.windowed)
                 taken[device].kv += cells * _row_bytes(load, kind)

@@ -176,24 +176,27 @@ class _Facts(NamedTuple):
 def _kinds(header: Header) -> list[Kind]:
     """The kind of each layer; each different one is made once."""
     count = header.layers
-    recurs = _recurrent_layers(header)
+    has_experts = [header.experts > 0] * count
+    if header.expert_bytes:
+        has_experts = [size > 0 for size in _at_most(header.expert_bytes, count)]
     layers = zip(
         _each(header.heads, count),
         _each(header.heads_kv or header.heads, count),
         _each(header.feed_forward_length, count),
-        [size > 0 for size in header.expert_bytes[:count]] or [header.experts > 0] * count,
-        recurs,
+        has_experts,
+        _recurrent_layers(header),
         _windowed_layers(header),
         _cached_layers(header),
-        strict=False,  # a damaged file may have fewer blocks than it states
+        strict=True,
     )
     made: dict[tuple[object, ...], Kind] = {}
+    same: dict[Kind, Kind] = {}  # one object for each kind, however it came about
     kinds = []
     for facts in layers:
-        kind = made.get(facts)
-        if kind is None:
-            kind = made[facts] = _kind(header, _Facts(*facts))
-        kinds.append(kind)
+        if facts not in made:
+            kind = _kind(header, _Facts(*facts))
+            made[facts] = same.setdefault(kind, kind)
+        kinds.append(made[facts])
     return kinds
 
 
