@@ -42,6 +42,10 @@ _UNKNOWN_BACKEND_OVERHEAD_BYTES = 256 * MIB
 _PIPELINED = frozenset({"CUDA", "ROCm", "Vulkan"})
 _PIPELINE_COPIES = 4  # GGML_SCHED_MAX_COPIES
 
+# Backends that compute with the host's weights where a batch is worth the copy (`--op-offload`).
+_BORROWING = frozenset({"CUDA", "ROCm", "Vulkan"})
+_LENT_TOKENS = 32
+
 # What is added to an estimate before it is held against what is free.
 _MARGIN_PERCENT = {
     Source.LEARNED: 2, Source.DRY_RUN: 2, Source.CALIBRATED: 5, Source.HEADER: 6,
@@ -304,24 +308,30 @@ def _take_scratch(
 ) -> None:
     """What the graph of one batch takes on each device, and the host's copy of what comes out."""
     row = _F32_BYTES * _tokens(load) * model.width
+    found = dict.fromkeys((*_devices(load), HOST), 0)
     handed = 0
     for stretch in stretches:
-        found = taken[stretch.device]
         widest = _widest_bytes(model, load, stretch, handed, scratch_elements)
         if stretch.device == HOST:
             widest += row  # the embeddings, which the host looks up
         if stretch.last > model.layers:
             widest = max(widest, _output_bytes(model, load))
-        found.compute += widest
+        found[stretch.device] = widest
         if stretch.device != HOST:
             inputs = _input_bytes(model, load, (stretch,))
-            found.compute += inputs + _pipeline_bytes(model, load, inputs + row)
+            found[stretch.device] += inputs + _pipeline_bytes(model, load, inputs + row)
         handed = _handed(model, load, stretch)
-    host, inputs = taken[HOST], _input_bytes(model, load, stretches)  # it sees to all of them
-    host.compute += inputs + _pipeline_bytes(model, load, inputs)
+    inputs = _input_bytes(model, load, stretches)
+    lent = _lent_bytes(model, load, stretches)
+    first = next(iter(found))
+    if lent and _backend(first) in _BORROWING:
+        found[first] = max(found[first], found[HOST] + inputs) + lent
     if stretches[0].device != HOST:
-        host.compute += _host_bytes(model, load)
-    host.compute += _output_copy_bytes(model, load)
+        found[HOST] = _host_bytes(model, load)
+    found[HOST] += inputs + _pipeline_bytes(model, load, inputs)  # it sees to all of them
+    found[HOST] += _output_copy_bytes(model, load)
+    for name, size in found.items():
+        taken[name].compute += size
 
 
 def _widest_bytes(
@@ -371,9 +381,8 @@ def _attended(model: Profile, load: Load, kind: Kind) -> int:
     """Without flash attention: how much each head heeds each cell."""
     widest = max(kind.latent, kind.queries)
     if load.flash_attention:
-        return max(widest, kind.values + kind.keys // 2)
-    seen = _seen(model, load, windowed=kind.windowed)
-    return model.heads * seen + widest
+        return widest
+    return model.heads * _seen(model, load, windowed=kind.windowed) + widest
 
 
 def _handed(model: Profile, load: Load, stretch: _Stretch) -> int:
@@ -413,6 +422,16 @@ def _pipeline_bytes(model: Profile, load: Load, input_bytes: int) -> int:
         and all(_backend(device) in _PIPELINED for device in devices)
     )
     return (_PIPELINE_COPIES - 1) * input_bytes if is_pipelined else 0
+
+
+def _lent_bytes(model: Profile, load: Load, stretches: Sequence[_Stretch]) -> int:
+    """The largest of the weights on the host: a device may compute with it in the host's stead.
+
+    By the engine's scheduler, such weights are copied to the device one after another.
+    """
+    last = stretches[0].last if stretches[0].device == HOST else 0
+    last = max(last, load.expert_layers_on_host)
+    return model.largest_bytes[min(last, model.layers)] if _tokens(load) >= _LENT_TOKENS else 0
 
 
 def _host_bytes(model: Profile, load: Load) -> int:

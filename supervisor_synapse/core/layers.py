@@ -80,6 +80,7 @@ class Profile:
     counts: tuple[tuple[int, ...], ...]  # sums, for each kind
     block_bytes: tuple[int, ...]  # sums
     expert_bytes: tuple[int, ...]  # sums
+    largest_bytes: tuple[int, ...]  # of one weight in the layers before i, about
     input_bytes: int  # weights that never leave the host
     copied_bytes: int  # of these, what is copied to the device of the output layer
     output_bytes: int  # weights beside blocks and inputs
@@ -128,6 +129,7 @@ def profile(header: Header) -> Profile:
         counts=tuple(_sums([layer is kind for layer in layers]) for kind in kinds),
         block_bytes=_sums(_at_most(blocks[:computing], header.layers)),
         expert_bytes=_sums(_at_most(header.expert_bytes[:computing], header.layers)),
+        largest_bytes=_largest(header, computing),
         input_bytes=inputs,
         copied_bytes=header.embedding_bytes if is_tied else 0,
         output_bytes=max(header.tensor_bytes - inputs - sum(blocks), 0),
@@ -159,6 +161,14 @@ def _at_most(values: tuple[int, ...], count: int) -> list[int]:
 def _each(values: tuple[int, ...], count: int) -> list[int]:
     """One value for each layer; the last one stands for those that have none of their own."""
     return [*values[:count], *values[-1:] * (count - len(values))] if values else [0] * count
+
+
+def _largest(header: Header, computing: int) -> tuple[int, ...]:
+    """A third of the experts, where there are any, else of the block: gate, up or down."""
+    experts = _at_most(header.expert_bytes[:computing], header.layers)
+    blocks = _at_most(header.block_bytes[:computing], header.layers)
+    weights = [(expert or block) // 3 for expert, block in zip(experts, blocks, strict=True)]
+    return tuple(accumulate(weights, max, initial=0))
 
 
 class _Facts(NamedTuple):

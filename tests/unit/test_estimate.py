@@ -497,6 +497,24 @@ def test_batches_that_follow_each_other_over_devices_have_inputs_of_their_own(
     assert each - one == (copies - 1) * inputs
 
 
+def test_a_device_that_computes_for_the_host_needs_room_for_one_of_its_weights() -> None:
+    """An RPC device leaves them alone."""
+    partly = {"context": 4096, "parallel": 1, "gpu_layers": 2}
+    for device, room in (("CUDA0", 4 * MIB // 3), ("RPC0", 0)):
+        made = replace(LAYERS, expert_bytes=(), experts=0)
+        few = estimate(made, Load(devices=(device,), **partly)).parts[0].compute_bytes
+        host = estimate(made, Load(devices=("RPC0",), **partly)).parts[0].compute_bytes
+        assert few - host >= room
+        assert few == host or device == "CUDA0"
+
+
+def test_a_device_that_only_computes_for_the_host_is_not_taken_for_idle() -> None:
+    load = Load(4096, 1, devices=("CUDA0",), gpu_layers=0)
+    assert estimate(LAYERS, load).parts[0].compute_bytes > 4 * 512 * 3 * 128
+    short = replace(load, ubatch=8)
+    assert estimate(LAYERS, short).parts[0].compute_bytes == 0
+
+
 # --- drafts, projectors, calibration and margins -------------------------------------------------
 
 
