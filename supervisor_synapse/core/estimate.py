@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import struct
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
@@ -87,17 +86,18 @@ def estimate(
     `scratch_elements`: what `calibrate` gave for this model; the source is then CALIBRATED.
     """
     taken: dict[str, _Taken] = {}
-    _take(taken, profile(header), load, scratch_elements)
+    _take(taken, _job(profile(header), load), scratch_elements)
     if draft is not None:
-        _take(taken, profile(draft[0]), draft[1], None)
-    taken[next(iter(_devices(load)), HOST)].weights += projector_bytes
+        _take(taken, _job(profile(draft[0]), draft[1]), None)
+    taken[next((name for name in load.devices if name != HOST), HOST)].weights += projector_bytes
     cached = load.prompt_cache_bytes
     if cached is None:
-        cached = prompt_cache_bytes(sum(found.kv for found in taken.values()))
-    taken[HOST].overhead += cached
+        cached = prompt_cache_bytes(sum([found.kv for found in taken.values()]))
+    host = taken.pop(HOST)
+    host.overhead += cached
     source = Source.HEADER if scratch_elements is None else Source.CALIBRATED
-    names = sorted(taken, key=lambda name: name == HOST)
-    return Estimate(tuple(taken[name].part(name) for name in names), source)
+    parts = [found.part(name) for name, found in taken.items()]
+    return Estimate((*parts, host.part(HOST)), source)
 
 
 def calibrate(header: Header, load: Load, compute_bytes: int) -> int:
@@ -106,12 +106,12 @@ def calibrate(header: Header, load: Load, compute_bytes: int) -> int:
     `compute_bytes`: where the output layer lies, as the engine told them. What is found serves for
     any other context, number of slots or batch.
     """
-    model = profile(header)
-    stretch = _stretches(model, load)[-1]
-    rest = compute_bytes - _input_bytes(model, load, (stretch,)) - _scan_bytes(model, load, stretch)
-    elements = -(-rest // (_F32_BYTES * _tokens(load)))
+    job = _job(profile(header), load)
+    stretch = job.stretches[-1]
+    rest = compute_bytes - _input_bytes(job, stretch.kinds) - _scan_bytes(job, stretch.kinds)
+    elements = -(-rest // (_F32_BYTES * job.tokens))
     if stretch.device == HOST:
-        elements -= model.width
+        elements -= job.model.width
     return max(elements, 0)
 
 
@@ -153,23 +153,14 @@ def _overhead(device: str) -> int:
     return _OVERHEAD_BYTES.get(_backend(device), _UNKNOWN_BACKEND_OVERHEAD_BYTES)
 
 
+@lru_cache(maxsize=1024)
 def _backend(device: str) -> str:
     return device.rstrip("0123456789")
 
 
-def _take(
-    taken: dict[str, _Taken], model: Profile, load: Load, scratch_elements: int | None
-) -> None:
-    """Add one model's buffers."""
-    for name in (*_devices(load), HOST):
-        taken.setdefault(name, _Taken())
-    stretches = _stretches(model, load)
-    _take_weights(taken, model, load, stretches)
-    _take_caches(taken, model, load, stretches)
-    _take_scratch(taken, model, load, stretches, scratch_elements)
-
-
 # --- placement -----------------------------------------------------------------------------------
+
+_Kinds = tuple[tuple[Kind, int], ...]  # with how many there are of each
 
 
 class _Stretch(NamedTuple):
@@ -178,24 +169,61 @@ class _Stretch(NamedTuple):
     device: str
     first: int
     last: int
-    kinds: tuple[tuple[Kind, int], ...]  # of those that compute, with how many there are of each
+    kinds: _Kinds  # of those that compute
 
 
-def _devices(load: Load) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(name for name in load.devices if name != HOST))
+class _Job(NamedTuple):
+    """A model and a load, with what follows from both."""
+
+    model: Profile
+    load: Load
+    devices: tuple[str, ...]  # each once, without the host
+    stretches: tuple[_Stretch, ...]  # in order; the last one ends with the output layer
+    slots: int
+    tokens: int  # in one batch of the graph
+    streams: int  # caches of their own: one for all slots, or one each
+    full_cells: int  # of one stream
+    window_cells: int  # of one stream: for the windows of its slots, and one batch
+    has_outputs: bool  # one for every token, not only for the last one of a slot
+
+    def cells(self, kind: Kind) -> int:
+        """Of one stream, in the cache of such a layer."""
+        return self.window_cells if kind.windowed else self.full_cells
+
+    def seen(self, kind: Kind) -> int:
+        """Cells that a token may attend to."""
+        return self.cells(kind) if self.model.has_cache else self.tokens
 
 
-def _stretches(model: Profile, load: Load) -> tuple[_Stretch, ...]:
-    """Where the layers lie, in their order; the last stretch ends with the output layer.
+def _job(model: Profile, load: Load) -> _Job:
+    devices = tuple(dict.fromkeys([name for name in load.devices if name != HOST]))
+    slots = max(load.parallel, 1)
+    tokens = max(min(load.ubatch, load.context), 1)
+    streams = 1 if load.unified else slots
+    full = window = _pad(_pad(load.context) // streams)
+    if model.window and not load.swa_full:
+        window = _pad(min(full, model.window * (slots if load.unified else 1) + tokens))
+    return _Job(
+        model, load, devices, _stretches(model, load, devices), slots, tokens, streams, full,
+        window, model.gives_embeddings or load.embeddings,
+    )  # fmt: skip
 
-    llama_model::load_tensors: the last `gpu_layers` go to the devices, each to the first one whose
-    cumulated part of the split is above the layer's place among them.
+
+def _pad(cells: int) -> int:
+    return -(-cells // _CELL_PADDING) * _CELL_PADDING
+
+
+def _stretches(model: Profile, load: Load, devices: tuple[str, ...]) -> tuple[_Stretch, ...]:
+    """llama_model::load_tensors: the last `gpu_layers` go to the devices.
+
+    Each to the first one whose cumulated part of the split is above the layer's place among them.
     """
     count = model.layers + 1
-    devices = _devices(load)
     offloaded = count if load.gpu_layers is None else min(max(load.gpu_layers, 0), count)
     if not devices or not offloaded:
         return (_Stretch(HOST, 0, count, model.kinds_between(0, model.computing)),)
+    if len(devices) == 1 and offloaded == count:
+        return (_Stretch(devices[0], 0, count, model.kinds_between(0, model.computing)),)
     start = count - offloaded
     ends = [start + end for end in _ends(load.split[: len(devices)], len(devices), offloaded)]
     places = zip((HOST, *devices), [0, start, *ends], [start, *ends], strict=False)
@@ -226,14 +254,25 @@ def _single(value: float) -> float:
     return rounded
 
 
-def _take_weights(
-    taken: dict[str, _Taken], model: Profile, load: Load, stretches: Sequence[_Stretch]
-) -> None:
+# --- weights and caches --------------------------------------------------------------------------
+
+
+def _take(taken: dict[str, _Taken], job: _Job, scratch_elements: int | None) -> None:
+    """Add one model's buffers."""
+    for name in (*job.devices, HOST):
+        if name not in taken:
+            taken[name] = _Taken()
+    _take_weights(taken, job)
+    _take_caches(taken, job)
+    _take_scratch(taken, job, scratch_elements)
+
+
+def _take_weights(taken: dict[str, _Taken], job: _Job) -> None:
     """Blocks by layer, inputs on the host, and what else there is with the output."""
-    host, output = taken[HOST], stretches[-1].device
-    for device, first, last, _ in stretches:
-        experts_end = min(last, load.expert_layers_on_host)
-        kept = model.between(model.expert_bytes, first, experts_end)
+    model, on_host = job.model, job.load.expert_layers_on_host
+    host, output = taken[HOST], job.stretches[-1].device
+    for device, first, last, _ in job.stretches:
+        kept = model.between(model.expert_bytes, first, min(last, on_host)) if on_host else 0
         taken[device].weights += model.between(model.block_bytes, first, last) - kept
         host.weights += kept
     host.weights += model.input_bytes
@@ -242,46 +281,14 @@ def _take_weights(
         taken[output].weights += model.copied_bytes
 
 
-# --- caches --------------------------------------------------------------------------------------
-
-
-def _pad(cells: int) -> int:
-    return -(-cells // _CELL_PADDING) * _CELL_PADDING
-
-
-def _slots(load: Load) -> int:
-    return max(load.parallel, 1)
-
-
-def _streams(load: Load) -> int:
-    """Caches of their own: one for all slots, or one each."""
-    return 1 if load.unified else _slots(load)
-
-
-def _tokens(load: Load) -> int:
-    """In one batch of the graph."""
-    return max(min(load.ubatch, load.context), 1)
-
-
-def _cells(model: Profile, load: Load, *, windowed: bool) -> int:
-    """Of one stream; with a window: for the windows of its slots, and one batch."""
-    full = _pad(_pad(load.context) // _streams(load))
-    if not windowed or load.swa_full:
-        return full
-    slots = _slots(load) if load.unified else 1
-    return _pad(min(full, model.window * slots + _tokens(load)))
-
-
-def _take_caches(
-    taken: dict[str, _Taken], model: Profile, load: Load, stretches: Sequence[_Stretch]
-) -> None:
+def _take_caches(taken: dict[str, _Taken], job: _Job) -> None:
     """Keys and values, and recurrent state."""
-    state = _F32_BYTES * _slots(load) * sum(model.state)
-    for device, first, last, _ in stretches:
-        for kind, count in model.kinds_between(first, last):
+    state = _F32_BYTES * job.slots * sum(job.model.state)
+    for device, first, last, _ in job.stretches:
+        for kind, count in job.model.kinds_between(first, last):
             if kind.keys or kind.values:
-                cells = count * _streams(load) * _cells(model, load, windowed=kind.windowed)
-                taken[device].kv += cells * _row_bytes(load, kind)
+                cells = count * job.streams * job.cells(kind)
+                taken[device].kv += cells * _row_bytes(job.load, kind)
             if kind.recurs:
                 taken[device].recurrent += count * state
 
@@ -299,155 +306,145 @@ def _type_bytes(cache_type: str, elements: int) -> int:
 # --- scratch -------------------------------------------------------------------------------------
 
 
-def _take_scratch(
-    taken: dict[str, _Taken],
-    model: Profile,
-    load: Load,
-    stretches: Sequence[_Stretch],
-    scratch_elements: int | None,
-) -> None:
+def _take_scratch(taken: dict[str, _Taken], job: _Job, scratch_elements: int | None) -> None:
     """What the graph of one batch takes on each device, and the host's copy of what comes out."""
-    row = _F32_BYTES * _tokens(load) * model.width
-    found = dict.fromkeys((*_devices(load), HOST), 0)
+    found = dict.fromkeys((*job.devices, HOST), 0)
+    row = _F32_BYTES * job.tokens * job.model.width
+    copies = _pipeline_copies(job)
     handed = 0
-    for stretch in stretches:
-        widest = _widest_bytes(model, load, stretch, handed, scratch_elements)
+    for stretch in job.stretches:
+        widest = _widest_bytes(job, stretch, handed, scratch_elements)
         if stretch.device == HOST:
             widest += row  # the embeddings, which the host looks up
-        if stretch.last > model.layers:
-            widest = max(widest, _output_bytes(model, load))
+            handed = _handed(job, stretch)
+        if stretch.last > job.model.layers:
+            widest = max(widest, _output_bytes(job))
         found[stretch.device] = widest
         if stretch.device != HOST:
-            inputs = _input_bytes(model, load, (stretch,))
-            found[stretch.device] += inputs + _pipeline_bytes(model, load, inputs + row)
-        handed = _handed(model, load, stretch)
-    inputs = _input_bytes(model, load, stretches)
-    lent = _lent_bytes(model, load, stretches)
-    first = next(iter(found))
+            found[stretch.device] += copies * (_input_bytes(job, stretch.kinds) + row) - row
+            handed = 0
+    inputs = _input_bytes(job, job.model.kinds_between(0, job.model.computing))
+    lent, first = _lent_bytes(job), next(iter(found))
     if lent and _backend(first) in _BORROWING:
         found[first] = max(found[first], found[HOST] + inputs) + lent
-    if stretches[0].device != HOST:
-        found[HOST] = _host_bytes(model, load)
-    found[HOST] += inputs + _pipeline_bytes(model, load, inputs)  # it sees to all of them
-    found[HOST] += _output_copy_bytes(model, load)
+    if job.stretches[0].device != HOST:
+        found[HOST] = _host_bytes(job)
+    found[HOST] += copies * inputs + _output_copy_bytes(job)  # it sees to all inputs
     for name, size in found.items():
         taken[name].compute += size
 
 
-def _widest_bytes(
-    model: Profile, load: Load, stretch: _Stretch, handed: int, scratch_elements: int | None
-) -> int:
+def _widest_bytes(job: _Job, stretch: _Stretch, handed: int, scratch_elements: int | None) -> int:
     """The widest step of the layers in a stretch, the first of which takes over `handed`.
 
     Beside each step lie the layer's input, its normed copy and the room that queries leave.
     """
-    per_element = _F32_BYTES * _tokens(load)
-    kinds = stretch.kinds
-    scan = _scan_bytes(model, load, stretch)
+    model, kinds = job.model, stretch.kinds
+    per_element = _F32_BYTES * job.tokens
+    scan = _scan_bytes(job, kinds)
     if scratch_elements is not None and kinds:
         return per_element * max(scratch_elements, handed) + scan
     kept = 2 * model.width + model.queries
     steps = [handed]
-    steps += [kept + _attended(model, load, kind) for kind, _ in kinds if kind.attends]
+    steps += [kept + _attended(job, kind) for kind, _ in kinds if kind.attends]
     steps += [
-        kept + kind.fed + max(kind.given, handed * kind.has_experts)
-        for kind, _ in _feeding(model, load, stretch)
+        kept + kind.fed + max(kind.given, handed if kind.has_experts else 0)
+        for kind, _ in _feeding(job, stretch)
     ]
     recurrence = per_element * (kept + model.scan[0]) + scan if scan else 0
     return max(per_element * max(steps), recurrence)
 
 
-def _scan_bytes(model: Profile, load: Load, stretch: _Stretch) -> int:
+def _scan_bytes(job: _Job, kinds: _Kinds) -> int:
     """What a recurrent layer needs for each slot beside what it needs for each token."""
-    if not any(kind.recurs for kind, _ in stretch.kinds):
+    of_slot = job.model.scan[1]
+    if not of_slot or not any(kind.recurs for kind, _ in kinds):
         return 0
-    return _F32_BYTES * _slots(load) * model.scan[1]
+    return _F32_BYTES * job.slots * of_slot
 
 
-def _feeding(model: Profile, load: Load, stretch: _Stretch) -> Iterable[tuple[Kind, int]]:
+def _feeding(job: _Job, stretch: _Stretch) -> _Kinds:
     """Kinds of layers that feed all tokens forward: the last one only those with an output."""
-    feeding = model.computing
-    if not (model.feeds_every_token or load.embeddings):
-        feeding -= 1
-    return model.kinds_between(stretch.first, min(stretch.last, feeding))
+    model = job.model
+    feeds_all = model.feeds_every_token or job.has_outputs
+    if feeds_all or stretch.last < model.computing:
+        return stretch.kinds
+    return model.kinds_between(stretch.first, model.computing - 1)
 
 
-def _seen(model: Profile, load: Load, *, windowed: bool) -> int:
-    """Cells that a token may attend to."""
-    return _cells(model, load, windowed=windowed) if model.has_cache else _tokens(load)
-
-
-def _attended(model: Profile, load: Load, kind: Kind) -> int:
+def _attended(job: _Job, kind: Kind) -> int:
     """Without flash attention: how much each head heeds each cell."""
     widest = max(kind.latent, kind.queries)
-    if load.flash_attention:
+    if job.load.flash_attention:
         return widest
-    return model.heads * _seen(model, load, windowed=kind.windowed) + widest
+    return job.model.heads * job.seen(kind) + widest
 
 
-def _handed(model: Profile, load: Load, stretch: _Stretch) -> int:
+def _handed(job: _Job, stretch: _Stretch) -> int:
     """Elements of a token that the host hands on: the sum over experts is left to the device."""
-    if stretch.device != HOST or stretch.last > model.layers:
+    model, last = job.model, stretch.last
+    if last > model.layers:
         return 0
-    ((kind, _),) = model.kinds_between(stretch.last - 1, stretch.last)
-    goes_on = kind.recurs or model.feeds_every_token or load.embeddings
-    if stretch.last == model.layers and not goes_on:
+    ((kind, _),) = model.kinds_between(last - 1, last)
+    goes_on = kind.recurs or model.feeds_every_token or job.has_outputs
+    if last == model.layers and not goes_on:
         return 0
-    return 2 * model.width + model.handed * kind.has_experts
+    return 2 * model.width + (model.handed if kind.has_experts else 0)
 
 
-def _input_bytes(model: Profile, load: Load, stretches: Iterable[_Stretch]) -> int:
+def _input_bytes(job: _Job, kinds: _Kinds) -> int:
     """Masks (one for layers with a window, one for the others), positions, and places in caches."""
-    tokens = _tokens(load)
-    kinds = {
-        kind.windowed: kind for stretch in stretches for kind, _ in stretch.kinds if kind.attends
-    }
+    tokens = job.tokens
     total = 24 * tokens
-    for windowed, kind in kinds.items():
-        seen = _seen(model, load, windowed=windowed)
-        if load.flash_attention:
-            total += _F16_BYTES * tokens * seen
+    for kind in {kind.windowed: kind for kind, _ in kinds if kind.attends}.values():
+        if job.load.flash_attention:
+            total += _F16_BYTES * tokens * job.seen(kind)
         else:  # values lie crosswise: a place for each element
-            total += _F32_BYTES * tokens * seen + 8 * tokens * kind.values
+            total += _F32_BYTES * tokens * job.seen(kind) + 8 * tokens * kind.values
     return total
 
 
-def _pipeline_bytes(model: Profile, load: Load, input_bytes: int) -> int:
+def _pipeline_copies(job: _Job) -> int:
     """Several batches are under way at once over several devices, each with inputs of its own."""
-    devices = _devices(load)
+    load = job.load
     is_pipelined = (
-        len(devices) > 1
-        and (load.gpu_layers is None or load.gpu_layers > model.layers)
+        len(job.devices) > 1
+        and (load.gpu_layers is None or load.gpu_layers > job.model.layers)
         and not load.expert_layers_on_host
-        and all(_backend(device) in _PIPELINED for device in devices)
+        and all(_backend(device) in _PIPELINED for device in job.devices)
     )
-    return (_PIPELINE_COPIES - 1) * input_bytes if is_pipelined else 0
+    return _PIPELINE_COPIES if is_pipelined else 1
 
 
-def _lent_bytes(model: Profile, load: Load, stretches: Sequence[_Stretch]) -> int:
+def _lent_bytes(job: _Job) -> int:
     """The largest of the weights on the host: a device may compute with it in the host's stead.
 
     By the engine's scheduler, such weights are copied to the device one after another.
     """
-    last = stretches[0].last if stretches[0].device == HOST else 0
-    last = max(last, load.expert_layers_on_host)
-    return model.largest_bytes[min(last, model.layers)] if _tokens(load) >= _LENT_TOKENS else 0
+    if job.tokens < _LENT_TOKENS:
+        return 0
+    first = job.stretches[0]
+    last = max(first.last if first.device == HOST else 0, job.load.expert_layers_on_host)
+    return job.model.largest_bytes[min(last, job.model.layers)]
 
 
-def _host_bytes(model: Profile, load: Load) -> int:
+def _host_bytes(job: _Job) -> int:
     """Where no layer lies on the host: embeddings are looked up, and experts kept there in use."""
-    kept = model.kinds_between(0, load.expert_layers_on_host)
-    fed = [model.width + kind.fed + kind.given for kind, _ in kept if kind.has_experts]
-    return _F32_BYTES * _tokens(load) * max([model.looked_up * model.width, *fed])
+    model = job.model
+    widest = model.looked_up * model.width
+    if job.load.expert_layers_on_host:
+        kept = model.kinds_between(0, job.load.expert_layers_on_host)
+        fed = [model.width + kind.fed + kind.given for kind, _ in kept if kind.has_experts]
+        widest = max([widest, *fed])
+    return _F32_BYTES * job.tokens * widest
 
 
-def _output_bytes(model: Profile, load: Load) -> int:
+def _output_bytes(job: _Job) -> int:
     """The last step: of one token a slot, or of every token where embeddings are asked for."""
-    gives_embeddings = model.gives_embeddings or load.embeddings
-    outputs = _tokens(load) if gives_embeddings else _slots(load)
-    return _F32_BYTES * outputs * (model.words + model.width)
+    outputs = job.tokens if job.has_outputs else job.slots
+    return _F32_BYTES * outputs * (job.model.words + job.model.width)
 
 
-def _output_copy_bytes(model: Profile, load: Load) -> int:
-    gives_embeddings = model.gives_embeddings or load.embeddings
-    return _F32_BYTES * _slots(load) * (model.vocabulary + model.width * gives_embeddings)
+def _output_copy_bytes(job: _Job) -> int:
+    width = job.model.width if job.has_outputs else 0
+    return _F32_BYTES * job.slots * (job.model.vocabulary + width)

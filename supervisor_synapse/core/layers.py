@@ -78,6 +78,7 @@ class Profile:
     computing: int  # of these, the first ones: those that predict further tokens stay unused
     kinds: tuple[Kind, ...]
     counts: tuple[tuple[int, ...], ...]  # sums, for each kind
+    everywhere: tuple[tuple[Kind, int], ...]  # all kinds, with how many there are of each
     block_bytes: tuple[int, ...]  # sums
     expert_bytes: tuple[int, ...]  # sums
     largest_bytes: tuple[int, ...]  # of one weight in the layers before i, about
@@ -105,6 +106,8 @@ class Profile:
 
     def kinds_between(self, first: int, last: int) -> tuple[tuple[Kind, int], ...]:
         """Which kinds of layers there are, and how many of each."""
+        if first == 0 and last >= self.layers:
+            return self.everywhere
         found = [
             (kind, self.between(sums, first, last))
             for kind, sums in zip(self.kinds, self.counts, strict=True)
@@ -117,6 +120,7 @@ def profile(header: Header) -> Profile:
     """Kept by header: a plan asks for many loads of each."""
     layers = _kinds(header)
     kinds = tuple(dict.fromkeys(layers))
+    counts = tuple(_sums([layer is kind for layer in layers]) for kind in kinds)
     computing = max(header.layers - header.predicting_layers, 0)
     blocks = header.block_bytes[: header.layers]
     inputs = max(header.input_bytes, header.embedding_bytes)
@@ -126,7 +130,8 @@ def profile(header: Header) -> Profile:
         layers=header.layers,
         computing=computing,
         kinds=kinds,
-        counts=tuple(_sums([layer is kind for layer in layers]) for kind in kinds),
+        counts=counts,
+        everywhere=tuple((kind, sums[-1]) for kind, sums in zip(kinds, counts, strict=True)),
         block_bytes=_sums(_at_most(blocks[:computing], header.layers)),
         expert_bytes=_sums(_at_most(header.expert_bytes[:computing], header.layers)),
         largest_bytes=_largest(header, computing),
