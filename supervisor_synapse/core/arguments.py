@@ -1,16 +1,35 @@
-"""What llama-server is told, beside the files: pure, and only what this engine knows."""
+"""What llama-server is told, beside the files, and what its words mean: pure.
+
+It is told only what this engine knows. What is read back may have been written by anybody: what
+makes no sense is as if it had not been said.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
+from typing import Any
 
-from supervisor_synapse.core.estimate import prompt_cache_bytes
+from supervisor_synapse.core.estimate import Load, prompt_cache_bytes
 from supervisor_synapse.core.model import Engine, Role, http_url
 from supervisor_synapse.core.settings import MIB
 
 _LARGEST_EMBEDDING_BATCH = 2048
+_ALWAYS = (
+    ("--kv-unified",),  # each request may use the whole context while the others are short
+    ("--metrics",),
+    ("--slots",),
+    ("--log-verbosity", "4"),  # from here on the size of each buffer stands in the log
+)
+# Other names of options of ours that the user may give.
+_ALSO_CALLED = {
+    "--kv-unified": ("-kvu", "--no-kv-unified", "-no-kvu"),
+    "--log-verbosity": ("-lv", "--verbosity"),
+    "--tensor-split": ("-ts",),
+    "--cache-ram": ("-cram",),
+    "--fit": ("-fit",),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,11 +42,12 @@ class Serving:
     role: Role
     context: int
     parallel: int
-    device: str | None  # None: the engine's own choice
+    device: str | None  # "CUDA0", "CUDA0,CUDA1", "none"; None: there is nothing to choose
     gpu_layers: int | None
     sleep_idle_seconds: int
-    kv_bytes: int
     extra: tuple[str, ...]
+    split: tuple[int, ...] = ()  # layers on each of several devices
+    rpc: tuple[str, ...] = ()  # host:port of the servers that its devices are reached through
 
 
 def embedding_batch(context: int) -> int:
@@ -37,36 +57,60 @@ def embedding_batch(context: int) -> int:
 
 def server_arguments(serving: Serving, engine: Engine) -> tuple[str, ...]:
     """Tokens for llama-server. What the user gave in `args` comes last, so that it wins."""
-    wanted: list[tuple[str, ...]] = [
-        ("--alias", serving.alias),
-        ("--host", serving.host),
-        ("--port", str(serving.port)),
-        ("--ctx-size", str(serving.context)),
-        ("--parallel", str(serving.parallel)),
-    ]
-    optional: list[tuple[str, ...]] = [
-        ("--kv-unified",),  # each request may use the whole context while the others are short
-        ("--cache-ram", str(prompt_cache_bytes(serving.kv_bytes) // MIB)),
-        ("--metrics",),
-        ("--slots",),
-    ]
+    words = [
+        "--alias", serving.alias, "--host", serving.host, "--port", str(serving.port),
+        "--ctx-size", str(serving.context), "--parallel", str(serving.parallel),
+    ]  # fmt: skip
     if serving.role is Role.EMBEDDING:
-        wanted.append(("--embeddings",))
+        words.append("--embeddings")
     if serving.role is Role.RERANKER:
-        wanted.append(("--reranking",))
+        words.append("--reranking")
     if serving.role in (Role.EMBEDDING, Role.RERANKER):
         batch = str(embedding_batch(serving.context))
-        wanted += [("--batch-size", batch), ("--ubatch-size", batch)]
+        words += ["--batch-size", batch, "--ubatch-size", batch]
+    for option in (*_ALWAYS, *_chosen(serving)):
+        if _is_ours(option[0], serving.extra, engine):
+            words += option
+    return (*words, *serving.extra)
+
+
+def _chosen(serving: Serving) -> Iterator[tuple[str, ...]]:
+    """What is said where something was chosen.
+
+    Where the layers lie is said in full, lest the engine move them as it finds room.
+    """
+    if serving.rpc:
+        yield "--rpc", ",".join(serving.rpc)
     if serving.device is not None:
-        optional.append(("--device", serving.device))
+        yield "--device", serving.device
+        yield "--fit", "off"
     if serving.gpu_layers is not None:
-        optional.append(("--gpu-layers", str(serving.gpu_layers)))
+        yield "--gpu-layers", str(serving.gpu_layers)
+    if len(serving.split) > 1:
+        yield "--tensor-split", ",".join(map(str, serving.split))
     if serving.sleep_idle_seconds:
-        optional.append(("--sleep-idle-seconds", str(serving.sleep_idle_seconds)))
-    known = [tokens for tokens in optional if tokens[0] in engine.flags]
-    given = {word.split("=", 1)[0] for word in serving.extra}
-    rest = [tokens for tokens in known if tokens[0] not in given]
-    return tuple(token for tokens in [*wanted, *rest] for token in tokens) + serving.extra
+        yield "--sleep-idle-seconds", str(serving.sleep_idle_seconds)
+
+
+def with_prompt_cache(
+    arguments: tuple[str, ...], kv_bytes: int, serving: Serving, engine: Engine
+) -> tuple[str, ...]:
+    """The arguments with a bound for the prompts that are kept on the host, by the cache's size."""
+    if not _is_ours("--cache-ram", serving.extra, engine):
+        return arguments
+    bound = ("--cache-ram", str(prompt_cache_bytes(kv_bytes) // MIB))
+    ours = len(arguments) - len(serving.extra)
+    return arguments[:ours] + bound + arguments[ours:]
+
+
+def _is_ours(option: str, extra: Sequence[str], engine: Engine) -> bool:
+    """Whether it is ours to say: known to the engine, and not said by the user."""
+    if option not in engine.flags:
+        return False
+    if not extra:
+        return True
+    names = (option, *_ALSO_CALLED.get(option, ()))
+    return not any(word.split("=", 1)[0] in names for word in extra)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,3 +175,133 @@ def _port(text: str) -> int:
     if not 0 < port < 65536:
         raise ValueError(f"{port} is no port")
     return port
+
+
+# --- what memory depends on ----------------------------------------------------------------------
+
+_DEFAULT_PARALLEL = 4
+_ALL_LAYERS = 9999
+_CACHE_TYPES = frozenset(
+    {"f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1"}
+)  # fmt: skip
+_OFF = frozenset({"off", "false", "0", "disabled"})
+_UNBOUNDED_CACHE_RAM_MIB = 8192  # what the engine itself keeps to where it is not told
+
+
+def load_of(words: Sequence[str], *, trained_context: int = 0, devices: Sequence[str] = ()) -> Load:
+    """What memory depends on, of a server with these arguments; the last word on a thing counts.
+
+    `trained_context`: the context where none is said. `devices`: those that the engine has; where
+    the arguments name none, it takes all of them.
+    """
+    said = _said(words)
+    parallel: int | None = said.get("parallel")
+    ubatch = min(said.get("ubatch", 512), said.get("batch", 2048))
+    return Load(
+        context=said.get("context", trained_context), parallel=parallel or _DEFAULT_PARALLEL,
+        ubatch=ubatch, devices=said.get("devices", tuple(devices)), split=said.get("split", ()),
+        gpu_layers=said.get("gpu_layers"), unified=said.get("unified", parallel is None),
+        cache_type_k=said.get("cache_type_k", "f16"), cache_type_v=said.get("cache_type_v", "f16"),
+        flash_attention=said.get("flash_attention", True), swa_full=said.get("swa_full", False),
+        expert_layers_on_host=said.get("experts", 0), prompt_cache_bytes=said.get("cache_ram"),
+    )  # fmt: skip
+
+
+def _said(words: Sequence[str]) -> dict[str, Any]:
+    """Each option's value by what it is about; one that cannot be understood is left out."""
+    said: dict[str, Any] = {}
+    for at, word in enumerate(words):
+        if word in _SWITCHES:
+            about, value = _SWITCHES[word]
+            said[about] = value
+            continue
+        flag, has_value, text = word.partition("=") if "=" in word else (word, "", "")
+        option = _OPTIONS.get(flag)
+        if option is None:
+            continue
+        if not has_value:
+            text = words[at + 1] if at + 1 < len(words) else ""
+        about, parse = option
+        try:
+            said[about] = parse(text)
+        except ValueError:
+            continue
+    return said
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        number = int(text)
+        if number < least:
+            raise ValueError(f"{number} is below {least}")
+        return number
+
+    return parse
+
+
+def _layers(text: str) -> int | None:
+    """None: all of them; the engine's `auto` takes all that it can."""
+    if text in ("auto", "all"):
+        return None
+    number = int(text)
+    return number if number >= 0 else None
+
+
+def _devices(text: str) -> tuple[str, ...]:
+    names = tuple(name for name in text.split(",") if name)
+    if not names or text.startswith("-"):
+        raise ValueError(f"{text} names no device")
+    return () if "none" in names else names
+
+
+def _split(text: str) -> tuple[float, ...]:
+    parts = tuple(float(part) for part in text.replace("/", ",").split(","))
+    if not all(0 <= part < 1e9 for part in parts):  # neither negative nor infinite nor NaN
+        raise ValueError(f"{text} does not split anything")
+    return parts
+
+
+def _flash_attention(text: str) -> bool:
+    """`auto`, and the bare flag of older engines, mean on."""
+    return text.lower() not in _OFF
+
+
+def _cache_type(text: str) -> str:
+    if text not in _CACHE_TYPES:
+        raise ValueError(f"{text} is no cache type")
+    return text
+
+
+def _cache_ram(text: str) -> int:
+    number = int(text)
+    return (number if number >= 0 else _UNBOUNDED_CACHE_RAM_MIB) * MIB
+
+
+_OPTIONS: Mapping[str, tuple[str, Callable[[str], Any]]] = {
+    name: (about, parse)
+    for names, about, parse in (
+        ("-c --ctx-size", "context", _at_least(1)),
+        ("-np --parallel", "parallel", _at_least(1)),
+        ("-b --batch-size", "batch", _at_least(1)),
+        ("-ub --ubatch-size", "ubatch", _at_least(1)),
+        ("-dev --device", "devices", _devices),
+        ("-ts --tensor-split", "split", _split),
+        ("-ngl --gpu-layers --n-gpu-layers", "gpu_layers", _layers),
+        ("-ctk --cache-type-k", "cache_type_k", _cache_type),
+        ("-ctv --cache-type-v", "cache_type_v", _cache_type),
+        ("-fa --flash-attn", "flash_attention", _flash_attention),
+        ("-ncmoe --n-cpu-moe", "experts", _at_least(0)),
+        ("-cram --cache-ram", "cache_ram", _cache_ram),
+    )
+    for name in names.split()
+}
+_SWITCHES: Mapping[str, tuple[str, Any]] = {
+    name: (about, value)
+    for names, about, value in (
+        ("-kvu --kv-unified", "unified", True),
+        ("-no-kvu --no-kv-unified", "unified", False),
+        ("--swa-full", "swa_full", True),
+        ("-cmoe --cpu-moe", "experts", _ALL_LAYERS),
+    )
+    for name in names.split()
+}

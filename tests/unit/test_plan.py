@@ -16,19 +16,12 @@ from hypothesis import strategies as st
 from supervisor_synapse import deploy, discovery, report
 from supervisor_synapse.adapters.deployment import Deployment
 from supervisor_synapse.adapters.registry import Entry, Registry
+from supervisor_synapse.core.candidates import repo_file
 from supervisor_synapse.core.catalog import Model
-from supervisor_synapse.core.estimate import Load, estimate
+from supervisor_synapse.core.changes import Changes, Deployed, compare
+from supervisor_synapse.core.estimate import Load, estimate, margin_bytes
 from supervisor_synapse.core.model import Program, Role, Tier
-from supervisor_synapse.core.plan import (
-    Changes,
-    Deployed,
-    Plan,
-    World,
-    compare,
-    make_plan,
-    repo_file,
-    unmatched_sections,
-)
+from supervisor_synapse.core.plan import Plan, World, make_plan, unmatched_sections
 from supervisor_synapse.core.settings import (
     DEFAULT_TIERS,
     Enable,
@@ -72,10 +65,15 @@ def again(plan: Plan, **changes: Any) -> World:
     return world(**({"earlier": plan.choices} | changes))
 
 
-def need(made: Model, context: int, parallel: int = 4, device: str = "CPU") -> int:
-    """Bytes that it takes on the device."""
-    devices = () if device == "CPU" else (device,)
-    return estimate(made.header, Load(context, parallel, devices=devices)).on(device)
+def need(made: Model, context: int, parallel: int = 4) -> int:
+    """Bytes that it takes of the host."""
+    return estimate(made.header, Load(context, parallel)).on("CPU")
+
+
+def room_for(made: Model, context: int) -> int:
+    """Bytes that must be free for it on the host."""
+    taken = estimate(made.header, Load(context, 4))
+    return taken.on("CPU") + margin_bytes(taken, "CPU")
 
 
 def with_room(size_bytes: int) -> dict[str, Any]:
@@ -153,10 +151,10 @@ def test_a_section_may_choose_any_context() -> None:
 def test_the_context_is_cut_until_the_model_fits() -> None:
     made = model(layers=32, heads=(32,), heads_kv=(8,), embedding_length=4096)
     for context in (16384, 8192, 4096, 2048):
-        found = planned([made], **with_room(need(made, context)))[made.name]
+        found = planned([made], **with_room(room_for(made, context)))[made.name]
         assert (found.enabled, found.context) == (True, context)
-        assert found.estimate_bytes == need(made, context)
-    found = planned([made], **with_room(need(made, 2048) - 1))[made.name]
+        assert found.estimate_bytes // MIB == need(made, context) // MIB
+    found = planned([made], **with_room(room_for(made, 2048) - 1))[made.name]
     assert not found.enabled
 
 
@@ -183,7 +181,7 @@ def test_as_many_are_enabled_as_memory_holds_by_priority() -> None:
     small = [model(name=f"small{n}", size_bytes=100 * MIB, parameters=10**9) for n in range(3)]
     large = model(name="large", size_bytes=900 * MIB, parameters=10**12)
     last = model(name="last", size_bytes=950 * MIB, parameters=10**12, context_length=2048)
-    room = sum(need(one, 16384) for one in small) + need(large, 4096)
+    room = sum(room_for(one, 16384) for one in small) + room_for(large, 4096)
     found = planned([large, last, *small], **with_room(room))
     assert enabled(found) == ["small0", "small1", "small2", "large"]
     assert found["small0"].reason.startswith("fits: ")
@@ -202,7 +200,8 @@ def test_the_reserve_of_a_device_stays_free() -> None:
     made = model(context_length=2048)
     for reserve, kept in ((Reserve(3 * GIB), 3 * GIB), (Reserve(0, 0.25), 2 * GIB)):
         settings = Settings(memory_reserve=reserve)
-        for free, fits in ((kept + need(made, 2048), True), (kept + need(made, 2048) - 1, False)):
+        enough = kept + room_for(made, 2048)
+        for free, fits in ((enough, True), (enough - 1, False)):
             found = planned([made], settings, devices=(host(8 * GIB, free),))
             assert found[made.name].enabled is fits
 
@@ -273,7 +272,7 @@ def test_a_section_has_the_last_word(enable: Enable) -> None:
 def test_memory_goes_first_to_what_is_enabled_by_name() -> None:
     large = model(name="large", parameters=10**12, size_bytes=900 * MIB, context_length=2048)
     settings = Settings(models=(section("large", enabled=True),))
-    found = planned([model(name="small"), large], settings, **with_room(need(large, 2048)))
+    found = planned([model(name="small"), large], settings, **with_room(room_for(large, 2048)))
     assert enabled(found) == ["large"]
     assert found["large"].reason.startswith("fits: ")
 
@@ -324,56 +323,6 @@ def test_a_program_that_is_not_enabled_is_ready_to_be_started_by_hand() -> None:
     assert (found.enabled, found.context, found.port) == (False, 16384, 8100)
 
 
-# --- devices -------------------------------------------------------------------------------------
-
-
-def test_a_device_to_offload_to_comes_before_the_host_the_roomiest_first() -> None:
-    devices = (host(), gpu("CUDA0", 8 * GIB, 3 * GIB), gpu("CUDA1", 4 * GIB, 4 * GIB))
-    models = [model(name=f"m{n}", size_bytes=GIB, context_length=2048) for n in range(4)]
-    found = planned(models, devices=devices)
-    assert [found[f"m{n}"].device for n in range(3)] == ["CUDA1", "CUDA0", "CUDA1"]
-    assert not found["m3"].enabled
-    assert "--device CUDA1" in " ".join(found["m0"].arguments)
-
-
-@pytest.mark.parametrize("said", [{"device": "none"}, {"gpu_layers": 0}])
-def test_a_model_kept_off_the_devices_lives_on_the_host(said: dict[str, Any]) -> None:
-    settings = Settings(models=(section("*", **said),))
-    found = planned([model()], settings, devices=(gpu("CUDA0"), host()))["tiny-q4_k_m"]
-    assert found.device == "CPU"
-    assert found.estimate_bytes == need(model(), 16384)
-
-
-def test_a_device_chosen_in_a_section_is_taken() -> None:
-    settings = Settings(models=(section("*", device="CUDA1"),))
-    devices = (gpu("CUDA0", 80 * GIB), gpu("CUDA1", 8 * GIB), host())
-    assert planned([model()], settings, devices=devices)["tiny-q4_k_m"].device == "CUDA1"
-
-
-@hypothesis_settings(max_examples=100, deadline=None)
-@given(
-    sizes=st.lists(st.tuples(st.integers(1, 4000), st.integers(1, 40)), max_size=12),
-    free=st.lists(st.integers(0, 8000), min_size=1, max_size=3), reserve=st.integers(0, 1000),
-)  # fmt: skip
-def test_what_fits_together_never_takes_more_than_a_device_has_beside_its_reserve(
-    sizes: list[tuple[int, int]], free: list[int], reserve: int
-) -> None:
-    models = [
-        model(name=f"m{n}", size_bytes=size * MIB, parameters=billions * 10**9)
-        for n, (size, billions) in enumerate(sizes)
-    ]
-    devices = tuple(gpu(f"CUDA{n}", 8000 * MIB, mib * MIB) for n, mib in enumerate(free))
-    settings = Settings(memory_reserve=Reserve(reserve * MIB))
-    found = planned(models, settings, devices=(*devices, host()))
-    for device in devices:
-        taken = sum(
-            p.estimate.on(device.name)
-            for p in found.values()
-            if p.enabled and p.device == device.name
-        )
-        assert taken <= max(device.free_bytes - reserve * MIB, 0)
-
-
 # --- what a program is told ----------------------------------------------------------------------
 
 
@@ -382,7 +331,9 @@ def test_a_program_carries_what_its_settings_say() -> None:
         "o/*", alias="My/Alias:1", port=9000, parallel=2, gpu_layers=7, fallback="other",
         sleep_idle_seconds=60, pinned=True, args=("--flash-attn", "on"),
     )  # fmt: skip
-    found = planned([repo("Q4_K_M")], Settings(models=(said,)))["m-q4_k_m"]
+    settings = Settings(models=(said, section("*/other*", port=9001, fallback=None)))
+    models = [repo("Q4_K_M"), model(name="other", key="other", repo="o/other")]
+    found = planned(models, settings)["m-q4_k_m"]
     assert (found.alias, found.port, found.parallel) == ("My/Alias:1", 9000, 2)
     assert (found.fallback, found.pinned) == ("other", True)
     assert found.arguments[-2:] == ("--flash-attn", "on")
@@ -390,6 +341,13 @@ def test_a_program_carries_what_its_settings_say() -> None:
     for words in ("--alias My/Alias:1", "--port 9000", "--parallel 2", "--gpu-layers 7",
                   "--sleep-idle-seconds 60", f"--ctx-size {found.context}"):  # fmt: skip
         assert words in line
+
+
+def test_a_fallback_that_is_no_model_is_told() -> None:
+    settings = Settings(models=(section("a", fallback="b"), section("c", fallback="a")))
+    (problem,) = make_plan([model(name="a"), model(name="c")], settings, world()).problems
+    assert problem.subject == "a"
+    assert "fallback b" in problem.reason
 
 
 def test_a_model_answers_to_its_name_unless_a_section_says_otherwise() -> None:
@@ -555,9 +513,9 @@ HEAVY = {"layers": 32, "heads": (32,), "heads_kv": (8,), "embedding_length": 409
 def test_a_context_once_chosen_is_kept_while_others_hold_the_memory(settings: Settings) -> None:
     """Free memory is never the same twice; the model then waits instead of being rendered anew."""
     made = model(**HEAVY)
-    first = make_plan([made], settings, world(**with_room(need(made, 8192))))
+    first = make_plan([made], settings, world(**with_room(room_for(made, 8192))))
     assert first.programs[0].context == 8192
-    for room in (need(made, 4096), 0, 60 * GIB):
+    for room in (room_for(made, 4096), 0, 60 * GIB):
         later = make_plan([made], settings, again(first, **with_room(room)))
         assert later.programs[0].context == 8192
         assert later.programs[0].enabled
@@ -569,7 +527,7 @@ def test_a_model_that_did_not_fit_is_enabled_as_soon_as_there_is_memory() -> Non
     made = model(**HEAVY)
     first = make_plan([made], Settings(), world(**with_room(0)))
     assert not enabled(first)
-    later = make_plan([made], Settings(), again(first, **with_room(need(made, 4096))))
+    later = make_plan([made], Settings(), again(first, **with_room(room_for(made, 4096))))
     assert enabled(later) == [made.name]
     assert later.programs[0].context == 4096
 
@@ -579,7 +537,7 @@ def test_a_model_that_did_not_fit_is_enabled_as_soon_as_there_is_memory() -> Non
 )
 def test_another_file_under_the_same_key_is_chosen_for_anew(changes: dict[str, Any]) -> None:
     made = model(**HEAVY)
-    first = make_plan([made], Settings(), world(**with_room(need(made, 2048))))
+    first = make_plan([made], Settings(), world(**with_room(room_for(made, 2048))))
     later = make_plan([model(**(HEAVY | changes))], Settings(), again(first))
     assert later.programs[0].context > 2048
 
@@ -591,14 +549,14 @@ def test_another_file_under_the_same_key_is_chosen_for_anew(changes: dict[str, A
 )
 def test_what_the_settings_say_anew_is_chosen_for_anew(said: dict[str, Any]) -> None:
     made = model(**HEAVY)
-    first = make_plan([made], Settings(), world(**with_room(need(made, 2048))))
+    first = make_plan([made], Settings(), world(**with_room(room_for(made, 2048))))
     later = make_plan([made], Settings(models=(section("*", **said),)), again(first))
     assert later.programs[0].context == said.get("context", 32768 if "tier" in said else 16384)
 
 
 def test_a_model_enabled_by_fit_stays_so_when_one_before_it_comes() -> None:
     second = model(name="second", parameters=10**12, context_length=2048)
-    room = with_room(need(second, 2048))
+    room = with_room(room_for(second, 2048))
     first = make_plan([second], Settings(), world(**room))
     later = make_plan([model(name="newcomer"), second], Settings(), again(first, **room))
     assert "second" in enabled(later)
@@ -622,7 +580,7 @@ def test_what_ran_because_all_were_enabled_must_fit_when_that_is_over() -> None:
 def test_a_machine_with_less_memory_than_before_gets_a_smaller_context() -> None:
     made = model(**HEAVY)
     first = make_plan([made], ALL, world(devices=(host(64 * GIB),)))
-    smaller = host(need(made, 4096) + 512 * MIB)
+    smaller = host(room_for(made, 4096) + 512 * MIB)
     later = make_plan([made], ALL, again(first, devices=(smaller,)))
     assert later.programs[0].context == 4096
 

@@ -1,0 +1,154 @@
+"""The ladder of a model: ways to serve it that take less and less memory, best first. Pure.
+
+Rung 0 is what was configured or chosen. Then come smaller contexts, fewer layers on the devices
+down to none, smaller quantizations of the same model, and the fallback model: all on the same
+port, under the same alias. What is free at the moment plays no part, so that the ladder is the
+same whenever it is looked at.
+
+Each rung takes strictly less than the one before it: on the devices, as long as the same files
+are served (what leaves a device goes to the host); altogether, where it serves other files, or
+where nothing lies on a device any more. A rung that does not is left out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from supervisor_synapse.core.candidates import Candidate, halved
+from supervisor_synapse.core.estimate import HOST
+from supervisor_synapse.core.model import Variant
+from supervisor_synapse.core.placement import Placement, Search, scaled
+
+MOST_RUNGS = 8
+_LEAST_CONTEXT = 2048  # where the settings say a larger one
+_QUARTERS_OF_THE_LAYERS = (3, 2, 1, 0)
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class _Rung:
+    """One rung before it is worked out: what `search` serves, and how."""
+
+    label: str
+    search: Search
+    placement: Placement
+
+
+def rungs(
+    own: Search,
+    chosen: Placement,
+    smaller: Sequence[Search] = (),
+    fallback: tuple[Search, Placement] | None = None,
+) -> tuple[Variant, ...]:
+    """At most `MOST_RUNGS` ways to serve a model; none where there is but one.
+
+    `smaller`: smaller quantizations of it, the largest first. `fallback`: another model, as it was
+    chosen. These serve under the name and on the port of `own` (see `in_place_of`).
+    """
+    contexts = [
+        _Rung(f"context {context}", own, replace(chosen, context=context))
+        for context in halved(chosen.context, _floor(own.candidate))[1:]
+    ]
+    lowest = contexts[-1].placement if contexts else chosen
+    layers = [_Rung(_share(own, placement), own, placement) for placement in _fewer_layers(lowest)]
+    quantizations = [_quantization(search, chosen) for search in smaller]
+    last = [] if fallback is None else [_fallback(*fallback)]
+    places = MOST_RUNGS - 1 - len(last)
+    picked = _thinned((contexts, layers, quantizations), places)
+    every = [_Rung("as configured", own, chosen), *picked, *last]
+    descending = _descending(map(_variant, every))
+    return tuple(descending) if len(descending) > 1 else ()
+
+
+def in_place_of(own: Candidate, other: Candidate) -> Candidate:
+    """Another model, to be served under the alias of one, and to sleep when that one would."""
+    sleep = own.said.sleep_idle_seconds
+    return replace(other, said=replace(other.said, alias=own.alias, sleep_idle_seconds=sleep))
+
+
+def name_of(variant: Variant) -> str:
+    """Names what a rung says, but for the port: the same name, the same rung."""
+    at = variant.arguments.index("--port") + 1
+    words = (variant.key, *variant.arguments[:at], *variant.arguments[at + 1 :])
+    return hashlib.sha256("\0".join(words).encode()).hexdigest()[:16]
+
+
+def _floor(candidate: Candidate) -> int:
+    """The smallest context that is still of use."""
+    said = candidate.said.context
+    return candidate.contexts[-1] if said is None else min(said, _LEAST_CONTEXT)
+
+
+def _fewer_layers(placement: Placement) -> list[Placement]:
+    counts = dict.fromkeys(placement.layers * part // 4 for part in _QUARTERS_OF_THE_LAYERS)
+    return [_with_layers(placement, count) for count in counts if count < placement.layers]
+
+
+def _with_layers(placement: Placement, layers: int) -> Placement:
+    if not layers:
+        return Placement(placement.context)
+    return replace(placement, layers=layers, split=scaled(placement.split, layers))
+
+
+def _share(search: Search, placement: Placement) -> str:
+    if not placement.devices:
+        return "on the host"
+    return f"{placement.layers} of {search.candidate.all_layers} layers on {placement.where}"
+
+
+def _quantization(search: Search, chosen: Placement) -> _Rung:
+    """With its smallest context, on the same devices."""
+    candidate = search.candidate
+    context = _floor(candidate)
+    placement = _with_layers(chosen, min(chosen.layers, candidate.all_layers))
+    label = f"{candidate.model.name} at context {context}"
+    return _Rung(label, search, replace(placement, context=context))
+
+
+def _fallback(search: Search, placement: Placement) -> _Rung:
+    return _Rung(f"fallback {search.candidate.model.name}", search, placement)
+
+
+def _thinned(segments: Sequence[Sequence[_T]], places: int) -> list[_T]:
+    """So many over all segments: the longest gives way; of each the last one stays."""
+    counts = [len(segment) for segment in segments]
+    while sum(counts) > places:
+        counts[counts.index(max(counts))] -= 1
+    return [
+        segment[len(segment) * place // count - 1]
+        for segment, count in zip(segments, counts, strict=True)
+        for place in range(1, count + 1)
+    ]
+
+
+def _variant(rung: _Rung) -> Variant:
+    model = rung.search.candidate.model
+    found = rung.search.configuration(rung.placement)
+    return Variant(
+        label=rung.label, key=model.key, context=rung.placement.context,
+        device=rung.placement.where, arguments=found.arguments, estimate=found.estimate,
+        model_path=model.path, projector_path=model.projector, shards=model.shards,
+    )  # fmt: skip
+
+
+def _descending(variants: Iterable[Variant]) -> list[Variant]:
+    kept: list[Variant] = []
+    for variant in variants:
+        if not kept or takes_less(variant, kept[-1]):
+            kept.append(variant)
+    return kept
+
+
+def takes_less(below: Variant, above: Variant) -> bool:
+    """Whether a rung may stand below another."""
+    if below.key == above.key and _on_devices(above):
+        return _on_devices(below) < _on_devices(above)
+    return below.estimate.total_bytes < above.estimate.total_bytes
+
+
+def _on_devices(variant: Variant) -> int:
+    return variant.estimate.total_bytes - variant.estimate.on(HOST)
