@@ -14,13 +14,14 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from supervisor_synapse import deploy, discovery, report
+from supervisor_synapse.adapters import registry
 from supervisor_synapse.adapters.deployment import Deployment
 from supervisor_synapse.adapters.registry import Entry, Registry
 from supervisor_synapse.core.candidates import repo_file
 from supervisor_synapse.core.catalog import Model
 from supervisor_synapse.core.changes import Changes, Deployed, compare
 from supervisor_synapse.core.estimate import Load, estimate, margin_bytes
-from supervisor_synapse.core.model import Program, Role, Tier
+from supervisor_synapse.core.model import Program, Role, Source, Tier
 from supervisor_synapse.core.plan import Plan, World, make_plan, unmatched_sections
 from supervisor_synapse.core.settings import (
     DEFAULT_TIERS,
@@ -40,6 +41,7 @@ from tests.unit.builders import (
     host,
     model,
     section,
+    taking,
     world,
 )
 
@@ -978,6 +980,140 @@ def test_a_port_that_the_user_chose_is_not_moved(deployment: Deployment, whose: 
     with pytest.raises(ConfigError, match="port"):
         deploy.move_port(deployment, "a")
     assert conf_d(deployment) == before
+
+
+def put_large(deployment: Deployment, *names: str) -> None:
+    """Models with a context that can be cut."""
+    for seed, name in enumerate(names):
+        path = deployment.prefix.parent / "models" / f"{name}.gguf"
+        write_model(path, context=16384, seed=seed)
+
+
+def set_rung(deployment: Deployment, name: str, rung: int) -> None:
+    """The files are in place then; no supervisord is there to be told."""
+    with pytest.raises(TransientError, match="cannot reach supervisord"):
+        deploy.set_rung(deployment, name, rung)
+
+
+def test_another_rung_is_deployed_and_kept_and_nothing_else_is_touched(
+    deployment: Deployment,
+) -> None:
+    put_large(deployment, "a", "b")
+    look_and_apply(deployment)
+    before = conf_d(deployment)
+    assert "--ctx-size 16384 " in before["a.conf"]
+    set_rung(deployment, "a", 2)
+    stepped = conf_d(deployment)
+    assert stepped["a.conf"] == before["a.conf"].replace("--ctx-size 16384 ", "--ctx-size 4096 ")
+    assert stepped["b.conf"] == before["b.conf"]
+    deployed = registry.load(deployment.registry)
+    found, said = look_and_apply(deployment)
+    assert not found.changes
+    assert said == []
+    (program,) = (program for program in found.plan.programs if program.name == "a")
+    assert (program.rung, program.context) == (2, 4096)
+    assert program.reason.startswith("stepped down to context 4096; ")
+    assert _without_reasons(registry.load(deployment.registry)) == _without_reasons(deployed)
+    set_rung(deployment, "a", 0)
+    assert conf_d(deployment) == before
+
+
+def test_a_port_is_moved_on_every_rung(deployment: Deployment) -> None:
+    put_large(deployment, "a")
+    look_and_apply(deployment)
+    set_rung(deployment, "a", 1)
+    with pytest.raises(TransientError):
+        deploy.move_port(deployment, "a")
+    assert "--ctx-size 8192 " in conf_d(deployment)["a.conf"]
+    assert "--port 8101 " in conf_d(deployment)["a.conf"]
+    assert not look_and_apply(deployment)[0].changes
+
+
+@pytest.mark.parametrize(
+    ("name", "rung", "why"),
+    [("a", 4, "4 rungs"), ("a", -1, "no -1"), ("none-such", 0, "no such model")],
+)
+def test_a_rung_that_there_is_not_is_refused(
+    deployment: Deployment, name: str, rung: int, why: str
+) -> None:
+    put_large(deployment, "a")
+    look_and_apply(deployment)
+    before = conf_d(deployment)
+    with pytest.raises(ConfigError, match=why):
+        deploy.set_rung(deployment, name, rung)
+    assert conf_d(deployment) == before
+
+
+def test_a_block_edited_by_hand_stays_on_its_rung(deployment: Deployment) -> None:
+    put_large(deployment, "a")
+    look_and_apply(deployment)
+    edited = edit(deployment, "a")
+    with pytest.raises(ConfigError, match="edited by hand"):
+        deploy.set_rung(deployment, "a", 1)
+    assert conf_d(deployment)["a.conf"] == edited
+
+
+def test_a_model_that_stepped_down_to_its_fallback_finds_its_own_file_again(
+    deployment: Deployment,
+) -> None:
+    """Though it is served through a link that no block names meanwhile."""
+    put(deployment, "small")
+    put_large(deployment, "a %(b)s")
+    named = look_and_apply(deployment)[0].changes.added
+    (name,) = {*named} - {"small"}
+    settings = settings_of(deployment, models=(section(name, fallback="small"),))
+    look_and_apply(deployment, settings)
+    before = conf_d(deployment)
+    link = deployment.links / f"{name}.gguf"
+    assert str(link) in before[f"{name}.conf"]
+    program = next(p for p in registry.load(deployment.registry).programs if p.name == name)
+    assert program.ladder[-1].label == "fallback small"
+    set_rung(deployment, name, len(program.ladder) - 1)
+    assert "/small.gguf" in conf_d(deployment)[f"{name}.conf"]
+    assert link.is_symlink()
+    with pytest.raises(TransientError):
+        deploy.move_port(deployment, "small")
+    assert not look_and_apply(deployment, settings)[0].changes
+    assert link.is_symlink()
+    set_rung(deployment, name, 0)
+    assert conf_d(deployment)[f"{name}.conf"] == before[f"{name}.conf"]
+
+
+def test_a_block_edited_by_hand_is_planned_for_as_it_runs(deployment: Deployment) -> None:
+    put_large(deployment, "a")
+    look_and_apply(deployment)
+    block = deployment.block("a")
+    block.write_text(block.read_text().replace("--ctx-size 16384 --parallel 4", "-c 300 -np 2"))
+    for _ in range(2):
+        (program,) = look_and_apply(deployment)[0].plan.programs
+        assert (program.context, program.parallel, program.ladder) == (300, 2, ())
+        assert program.reason.startswith("edited by hand")
+        assert "; context 300 of 16384" in program.reason
+    (program,) = look_and_apply(deployment, forced=["a"])[0].plan.programs
+    assert (program.context, program.parallel, len(program.ladder)) == (16384, 4, 4)
+
+
+@pytest.mark.parametrize(
+    "line", ["command=/bin/true", "command=/bin/sh -c 'x", "command =", "; no command"]
+)
+def test_an_edited_block_that_runs_something_else_is_planned_as_ours(
+    deployment: Deployment, line: str
+) -> None:
+    put_large(deployment, "a")
+    look_and_apply(deployment)
+    block = deployment.block("a")
+    block.write_text(re.sub("^command=.*$", line, block.read_text(), flags=re.MULTILINE))
+    (program,) = look_and_apply(deployment)[0].plan.programs
+    assert program.context == 16384
+
+
+def test_what_is_known_of_a_model_reaches_the_plan(deployment: Deployment) -> None:
+    put(deployment, "a")
+    learned = taking(7 * MIB, source=Source.LEARNED)
+    found = discovery.discover(
+        deployment, settings_of(deployment), known=lambda model, arguments: learned
+    )
+    assert found.plan.programs[0].estimate == learned
 
 
 def test_switching_a_model_on_and_off_leaves_its_block_as_it_is(deployment: Deployment) -> None:
