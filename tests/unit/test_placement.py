@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import re
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +17,8 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from supervisor_synapse.adapters import engine as engines
+from supervisor_synapse.adapters import gguf_header
 from supervisor_synapse.core.arguments import load_of
 from supervisor_synapse.core.catalog import Model
 from supervisor_synapse.core.estimate import Load, estimate, margin_bytes
@@ -18,6 +26,9 @@ from supervisor_synapse.core.model import Device, Estimate, Part, Program, Sourc
 from supervisor_synapse.core.plan import Plan, World, make_plan
 from supervisor_synapse.core.settings import Enable, Reserve, Settings
 from supervisor_synapse.report import mib
+from tests.conftest import Engine as ServedEngine
+from tests.conftest import Serve, free_port
+from tests.gguf_factory import write_model
 from tests.unit.builders import FLAGS, GIB, MIB, engine, gpu, host, model, section
 from tests.unit.builders import world as plain_world
 
@@ -498,3 +509,65 @@ def test_what_comes_first_and_fits_is_never_passed_over(
 def program_floor(program: Program) -> int:
     """The smallest context of its tier."""
     return {10: 2048, 20: 4096, 30: 4096}[program.priority]
+
+
+# --- the real engine -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def rpc_servers(llama_server: ServedEngine) -> Iterator[list[str]]:
+    """Two devices that every machine can have; skipped where the engine comes without them."""
+    program = Path(llama_server.path).with_name("ggml-rpc-server")
+    if not program.exists():
+        pytest.skip("no ggml-rpc-server beside the engine")
+    places = [f"127.0.0.1:{free_port()}" for _ in range(2)]
+    with contextlib.ExitStack() as running:
+        for place in places:
+            server = running.enter_context(
+                subprocess.Popen(
+                    [program, "-H", "127.0.0.1", "-p", place.partition(":")[2]],
+                    env=llama_server.environment, stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                )
+            )  # fmt: skip
+            running.callback(server.kill)
+        for place in places:
+            _await_listening(place)
+        yield places
+
+
+def _await_listening(place: str) -> None:
+    name, _, port = place.partition(":")
+    deadline = time.monotonic() + 20
+    while True:
+        with contextlib.suppress(OSError), socket.create_connection((name, int(port)), 1):
+            return
+        assert time.monotonic() < deadline, f"nothing listens on {place}"
+
+
+@pytest.mark.parametrize(
+    ("room_mib", "layers"), [((92, 97), (13, 13)), ((93, 20), (1, 12))], ids=["split", "in part"]
+)
+def test_the_real_engine_lays_the_layers_where_the_plan_says(
+    serve: Serve, llama_server: ServedEngine, rpc_servers: list[str], tmp_path: Path,
+    room_mib: tuple[int, int], layers: tuple[int, int],
+) -> None:  # fmt: skip
+    path = write_model(tmp_path / "m.gguf", layers=12, embedding=512, vocabulary=500)
+    header = gguf_header.read(path)
+    made = model(name="m", path=str(path), header=header, size_bytes=path.stat().st_size)
+    settings = replace(NOTHING_KEPT, rpc=tuple(rpc_servers))
+    devices = [gpu(f"RPC{n}", GIB, room * MIB) for n, room in enumerate(room_mib)]
+    found = one(made, world(*devices, engine=engines.find(llama_server.path)), settings)
+    assert layers[0] <= int(str(told(found, "--gpu-layers"))) <= layers[1]
+    port = found.arguments.index("--port")
+    serve(path, *found.arguments[:port], *found.arguments[port + 2 :], "-lv", "5")
+    log = (tmp_path / "m.gguf.log").read_text("utf-8", "replace")
+    lies = re.findall(r"layer +\d+ assigned to device (\w+)", log)
+    count = int(str(told(found, "--gpu-layers")))
+    split = told(found, "--tensor-split")
+    parts = [int(part) for part in split.split(",")] if split else [count]
+    names = str(told(found, "--device")).split(",")
+    expected = ["CPU"] * (13 - count)
+    for name, part in zip(names, parts, strict=True):
+        expected += [name] * part
+    assert lies[:13] == expected
