@@ -204,6 +204,7 @@ def load_of(words: Sequence[str], *, trained_context: int = 0, devices: Sequence
         cache_type_k=said.get("cache_type_k", "f16"), cache_type_v=said.get("cache_type_v", "f16"),
         flash_attention=said.get("flash_attention", True), swa_full=said.get("swa_full", False),
         expert_layers_on_host=said.get("experts", 0), prompt_cache_bytes=said.get("cache_ram"),
+        embeddings=said.get("embeddings", False),
     )  # fmt: skip
 
 
@@ -301,6 +302,7 @@ _SWITCHES: Mapping[str, tuple[str, Any]] = {
         ("-kvu --kv-unified", "unified", True),
         ("-no-kvu --no-kv-unified", "unified", False),
         ("--swa-full", "swa_full", True),
+        ("--embedding --embeddings --rerank --reranking", "embeddings", True),
         ("-cmoe --cpu-moe", "experts", _ALL_LAYERS),
     )
     for name in names.split()

@@ -319,6 +319,8 @@ UNTOLD = Load(0, 4)  # what holds where nothing is said
         ("-fa off", {"flash_attention": False}), ("--flash-attn auto", {}), ("-fa", {}),
         ("--flash-attn off --flash-attn on", {}),
         ("--swa-full", {"swa_full": True}),
+        ("--embeddings", {"embeddings": True}), ("--embedding", {"embeddings": True}),
+        ("--reranking", {"embeddings": True}), ("--rerank", {"embeddings": True}),
         ("-ncmoe 3", {"expert_layers_on_host": 3}), ("--n-cpu-moe=0", {}),
         ("-cmoe", {"expert_layers_on_host": 9999}), ("--cpu-moe", {"expert_layers_on_host": 9999}),
         ("-cram 64", {"prompt_cache_bytes": 64 * MIB}),
@@ -384,7 +386,7 @@ def test_what_a_server_is_told_is_what_it_takes_memory_for(meant: Serving) -> No
     )  # fmt: skip
     batch = embedding_batch(meant.context)
     is_whole = meant.role in (Role.EMBEDDING, Role.RERANKER)
-    assert found.ubatch == (batch if is_whole else 512)
+    assert (found.ubatch, found.embeddings) == (batch if is_whole else 512, is_whole)
     assert found.prompt_cache_bytes == 200 * MIB
 
 

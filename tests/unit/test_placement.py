@@ -546,7 +546,7 @@ def _await_listening(place: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("room_mib", "layers"), [((92, 97), (13, 13)), ((93, 20), (1, 12))], ids=["split", "in part"]
+    ("room_mib", "layers"), [((38, 42), (13, 13)), ((38, 9), (1, 12))], ids=["split", "in part"]
 )
 def test_the_real_engine_lays_the_layers_where_the_plan_says(
     serve: Serve, llama_server: ServedEngine, rpc_servers: list[str], tmp_path: Path,
