@@ -6,8 +6,9 @@ makes no sense is as if it had not been said.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import zip_longest
 from typing import Any
 
@@ -16,36 +17,42 @@ from supervisor_synapse.core.model import Engine, Role, http_url
 from supervisor_synapse.core.settings import MIB
 
 _LARGEST_EMBEDDING_BATCH = 2048
-_ALWAYS = (
-    ("--kv-unified",),  # each request may use the whole context while the others are short
-    ("--metrics",),
-    ("--slots",),
-    ("--log-verbosity", "4"),  # from here on the size of each buffer stands in the log
-)
-# Other names of options of ours that the user may give.
-_ALSO_CALLED = {
+# What we say, and other names under which the user may say it.
+_OPTIONAL = {
     "--kv-unified": ("-kvu", "--no-kv-unified", "-no-kvu"),
+    "--metrics": (),
+    "--slots": (),
     "--log-verbosity": ("-lv", "--verbosity"),
+    "--sleep-idle-seconds": (),
+    "--rpc": (),
+    "--device": ("-dev",),
+    "--fit": ("-fit",),
+    "--gpu-layers": ("-ngl", "--n-gpu-layers"),
     "--tensor-split": ("-ts",),
     "--cache-ram": ("-cram",),
-    "--fit": ("-fit",),
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Serving:
-    """How one model shall be served."""
+    """How one model shall be served, wherever it lies."""
 
     host: str
     port: int
     alias: str
     role: Role
-    context: int
     parallel: int
-    device: str | None  # "CUDA0", "CUDA0,CUDA1", "none"; None: there is nothing to choose
-    gpu_layers: int | None
     sleep_idle_seconds: int
     extra: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """How much of a model lies where."""
+
+    context: int
+    device: str | None  # "CUDA0", "CUDA0,CUDA1", "none"; None: there is nothing to choose
+    gpu_layers: int | None
     split: tuple[int, ...] = ()  # layers on each of several devices
     rpc: tuple[str, ...] = ()  # host:port of the servers that its devices are reached through
 
@@ -55,62 +62,64 @@ def embedding_batch(context: int) -> int:
     return min(context, _LARGEST_EMBEDDING_BATCH)
 
 
-def server_arguments(serving: Serving, engine: Engine) -> tuple[str, ...]:
-    """Tokens for llama-server. What the user gave in `args` comes last, so that it wins."""
+def standing_words(serving: Serving, engine: Engine) -> tuple[str, ...]:
+    """What is said of a model wherever it lies."""
+    ours = _ours(serving.extra, engine.flags)
     words = [
         "--alias", serving.alias, "--host", serving.host, "--port", str(serving.port),
-        "--ctx-size", str(serving.context), "--parallel", str(serving.parallel),
+        "--parallel", str(serving.parallel),
     ]  # fmt: skip
     if serving.role is Role.EMBEDDING:
         words.append("--embeddings")
     if serving.role is Role.RERANKER:
         words.append("--reranking")
+    if "--kv-unified" in ours:  # each request may use the whole context while the others are short
+        words.append("--kv-unified")
+    words += [option for option in ("--metrics", "--slots") if option in ours]
+    if "--log-verbosity" in ours:  # from 4 on the size of each buffer stands in the log
+        words += ["--log-verbosity", "4"]
+    if serving.sleep_idle_seconds and "--sleep-idle-seconds" in ours:
+        words += ["--sleep-idle-seconds", str(serving.sleep_idle_seconds)]
+    return tuple(words)
+
+
+def placing_words(extent: Extent, serving: Serving, engine: Engine) -> tuple[str, ...]:
+    """How much lies where: all said, lest the engine move layers as it finds room."""
+    ours = _ours(serving.extra, engine.flags)
+    words = ["--ctx-size", str(extent.context)]
     if serving.role in (Role.EMBEDDING, Role.RERANKER):
-        batch = str(embedding_batch(serving.context))
+        batch = str(embedding_batch(extent.context))
         words += ["--batch-size", batch, "--ubatch-size", batch]
-    for option in (*_ALWAYS, *_chosen(serving)):
-        if _is_ours(option[0], serving.extra, engine):
-            words += option
-    return (*words, *serving.extra)
+    if extent.rpc and "--rpc" in ours:
+        words += ["--rpc", ",".join(extent.rpc)]
+    if extent.device is not None:
+        if "--device" in ours:
+            words += ["--device", extent.device]
+        if "--fit" in ours:
+            words += ["--fit", "off"]
+    if extent.gpu_layers is not None and "--gpu-layers" in ours:
+        words += ["--gpu-layers", str(extent.gpu_layers)]
+    if len(extent.split) > 1 and "--tensor-split" in ours:
+        words += ["--tensor-split", ",".join(map(str, extent.split))]
+    return tuple(words)
 
 
-def _chosen(serving: Serving) -> Iterator[tuple[str, ...]]:
-    """What is said where something was chosen.
-
-    Where the layers lie is said in full, lest the engine move them as it finds room.
-    """
-    if serving.rpc:
-        yield "--rpc", ",".join(serving.rpc)
-    if serving.device is not None:
-        yield "--device", serving.device
-        yield "--fit", "off"
-    if serving.gpu_layers is not None:
-        yield "--gpu-layers", str(serving.gpu_layers)
-    if len(serving.split) > 1:
-        yield "--tensor-split", ",".join(map(str, serving.split))
-    if serving.sleep_idle_seconds:
-        yield "--sleep-idle-seconds", str(serving.sleep_idle_seconds)
+def prompt_cache_words(kv_bytes: int, serving: Serving, engine: Engine) -> tuple[str, ...]:
+    """A bound for the prompts that are kept on the host, by the size of the cache."""
+    if "--cache-ram" not in _ours(serving.extra, engine.flags):
+        return ()
+    return ("--cache-ram", str(prompt_cache_bytes(kv_bytes) // MIB))
 
 
-def with_prompt_cache(
-    arguments: tuple[str, ...], kv_bytes: int, serving: Serving, engine: Engine
-) -> tuple[str, ...]:
-    """The arguments with a bound for the prompts that are kept on the host, by the cache's size."""
-    if not _is_ours("--cache-ram", serving.extra, engine):
-        return arguments
-    bound = ("--cache-ram", str(prompt_cache_bytes(kv_bytes) // MIB))
-    ours = len(arguments) - len(serving.extra)
-    return arguments[:ours] + bound + arguments[ours:]
-
-
-def _is_ours(option: str, extra: Sequence[str], engine: Engine) -> bool:
-    """Whether it is ours to say: known to the engine, and not said by the user."""
-    if option not in engine.flags:
-        return False
-    if not extra:
-        return True
-    names = (option, *_ALSO_CALLED.get(option, ()))
-    return not any(word.split("=", 1)[0] in names for word in extra)
+@lru_cache(maxsize=1024)
+def _ours(extra: tuple[str, ...], flags: frozenset[str]) -> frozenset[str]:
+    """The options that are ours to say: known to the engine, and not said by the user."""
+    said = {word.split("=", 1)[0] for word in extra}
+    return frozenset(
+        option
+        for option, others in _OPTIONAL.items()
+        if option in flags and said.isdisjoint((option, *others))
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,27 +197,26 @@ _OFF = frozenset({"off", "false", "0", "disabled"})
 _UNBOUNDED_CACHE_RAM_MIB = 8192  # what the engine itself keeps to where it is not told
 
 
-def load_of(words: Sequence[str], *, trained_context: int = 0, devices: Sequence[str] = ()) -> Load:
-    """What memory depends on, of a server with these arguments; the last word on a thing counts.
+def load_of(*words: Sequence[str], trained_context: int = 0, devices: Sequence[str] = ()) -> Load:
+    """What memory depends on, of a server with these arguments, in groups of whole options.
 
-    `trained_context`: the context where none is said. `devices`: those that the engine has; where
-    the arguments name none, it takes all of them.
+    The last word on a thing counts. `trained_context`: the context where none is said. `devices`:
+    those that the engine has; where the arguments name none, it takes all of them.
     """
-    said = _said(words)
+    said: dict[str, Any] = {}
+    for group in words:
+        said.update(_said(tuple(group)))
     parallel: int | None = said.get("parallel")
-    ubatch = min(said.get("ubatch", 512), said.get("batch", 2048))
-    return Load(
-        context=said.get("context", trained_context), parallel=parallel or _DEFAULT_PARALLEL,
-        ubatch=ubatch, devices=said.get("devices", tuple(devices)), split=said.get("split", ()),
-        gpu_layers=said.get("gpu_layers"), unified=said.get("unified", parallel is None),
-        cache_type_k=said.get("cache_type_k", "f16"), cache_type_v=said.get("cache_type_v", "f16"),
-        flash_attention=said.get("flash_attention", True), swa_full=said.get("swa_full", False),
-        expert_layers_on_host=said.get("experts", 0), prompt_cache_bytes=said.get("cache_ram"),
-        embeddings=said.get("embeddings", False),
-    )  # fmt: skip
+    said.setdefault("context", trained_context)
+    said.setdefault("devices", tuple(devices))
+    said.setdefault("unified", parallel is None)
+    said["parallel"] = parallel or _DEFAULT_PARALLEL
+    said["ubatch"] = min(said.get("ubatch", 512), said.pop("batch", 2048))
+    return Load(**said)
 
 
-def _said(words: Sequence[str]) -> dict[str, Any]:
+@lru_cache(maxsize=4096)
+def _said(words: tuple[str, ...]) -> Mapping[str, Any]:
     """Each option's value by what it is about; one that cannot be understood is left out."""
     said: dict[str, Any] = {}
     for at, word in enumerate(words):
@@ -291,8 +299,8 @@ _OPTIONS: Mapping[str, tuple[str, Callable[[str], Any]]] = {
         ("-ctk --cache-type-k", "cache_type_k", _cache_type),
         ("-ctv --cache-type-v", "cache_type_v", _cache_type),
         ("-fa --flash-attn", "flash_attention", _flash_attention),
-        ("-ncmoe --n-cpu-moe", "experts", _at_least(0)),
-        ("-cram --cache-ram", "cache_ram", _cache_ram),
+        ("-ncmoe --n-cpu-moe", "expert_layers_on_host", _at_least(0)),
+        ("-cram --cache-ram", "prompt_cache_bytes", _cache_ram),
     )
     for name in names.split()
 }
@@ -303,7 +311,7 @@ _SWITCHES: Mapping[str, tuple[str, Any]] = {
         ("-no-kvu --no-kv-unified", "unified", False),
         ("--swa-full", "swa_full", True),
         ("--embedding --embeddings --rerank --reranking", "embeddings", True),
-        ("-cmoe --cpu-moe", "experts", _ALL_LAYERS),
+        ("-cmoe --cpu-moe", "expert_layers_on_host", _ALL_LAYERS),
     )
     for name in names.split()
 }

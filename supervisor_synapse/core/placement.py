@@ -24,10 +24,12 @@ from functools import partial
 from itertools import accumulate
 
 from supervisor_synapse.core.arguments import (
+    Extent,
     Serving,
     load_of,
-    server_arguments,
-    with_prompt_cache,
+    placing_words,
+    prompt_cache_words,
+    standing_words,
 )
 from supervisor_synapse.core.candidates import Candidate
 from supervisor_synapse.core.catalog import Model
@@ -126,58 +128,28 @@ class Configuration:
         """Bytes by device, with what must stay free beside them."""
         needs: dict[str, int] = {}
         for part in self.estimate.parts:
-            margin = margin_bytes(self.estimate, part.device)
-            for name in {part.device, HOST} if is_of_the_host(part.device) else {part.device}:
-                needs[name] = needs.get(name, 0) + part.total_bytes + margin
+            name = part.device
+            size = part.total_bytes + margin_bytes(self.estimate, name)
+            needs[name] = needs.get(name, 0) + size
+            if is_of_the_host(name):
+                needs[HOST] = needs.get(HOST, 0) + size
         return needs
 
     def lacking(self, room: Mapping[str, int]) -> str | None:
         """A device without enough room; None: it fits."""
-        for name, needed in self.needs().items():
-            if needed > room.get(name, 0):
-                return name
-        return None
+        return _lacking(self.needs(), room)
+
+
+def _lacking(needs: Mapping[str, int], room: Mapping[str, int]) -> str | None:
+    for name, needed in needs.items():
+        if needed > room.get(name, 0):
+            return name
+    return None
 
 
 def is_of_the_host(device: str) -> bool:
     """Whether what lies on a device lies in the host's memory."""
     return device.startswith(_OF_THE_HOST)
-
-
-def configure(
-    candidate: Candidate, placement: Placement, port: int, settings: Settings, world: World
-) -> Configuration:
-    """The arguments that serve a model so, and what these very arguments take."""
-    model, said = candidate.model, candidate.said
-    serving = Serving(
-        host=settings.host, port=port, alias=candidate.alias, role=model.role,
-        context=placement.context, parallel=candidate.parallel,
-        device=_device(candidate, placement, world), split=placement.split,
-        gpu_layers=_gpu_layers(candidate, placement, world),
-        rpc=settings.rpc if any(name.startswith(_RPC) for name in placement.devices) else (),
-        sleep_idle_seconds=said.sleep_idle_seconds or 0, extra=said.args or (),
-    )  # fmt: skip
-    arguments = server_arguments(serving, world.engine)
-    found = estimate(model.header, load_of(arguments), projector_bytes=model.projector_bytes)
-    arguments = with_prompt_cache(arguments, found.kv_bytes, serving, world.engine)
-    return Configuration(placement, arguments, world.known(model, arguments) or found)
-
-
-def _device(candidate: Candidate, placement: Placement, world: World) -> str | None:
-    """`none` where there is something to be kept off; else an engine may take all that it finds."""
-    if placement.devices:
-        return placement.where
-    return "none" if candidate.said.device or world.offloading else None
-
-
-def _gpu_layers(candidate: Candidate, placement: Placement, world: World) -> int | None:
-    """As the settings say it, where that is what is meant; then as it was chosen."""
-    said = candidate.said.gpu_layers
-    if said is not None and min(said, candidate.all_layers) == placement.layers:
-        return said
-    if placement.devices or world.offloading:
-        return placement.layers
-    return said
 
 
 def as_edited(model: Model, arguments: tuple[str, ...], world: World) -> Configuration:
@@ -204,29 +176,67 @@ class Search:
     """
 
     def __init__(self, candidate: Candidate, port: int, settings: Settings, world: World) -> None:
+        model, said = candidate.model, candidate.said
         self.candidate = candidate
-        self._port, self._settings, self._world = port, settings, world
-        self._made: dict[Placement, Configuration] = {}
+        self.contexts = candidate.contexts
+        self.layers = self._wanted_layers()
+        self._world = world
+        self._rpc = settings.rpc
         self._offered = _offered(candidate, world)
+        self._has_devices = bool(world.offloading)
+        self._serving = Serving(
+            host=settings.host, port=port, alias=candidate.alias, role=model.role,
+            parallel=candidate.parallel, sleep_idle_seconds=said.sleep_idle_seconds or 0,
+            extra=said.args or (),
+        )  # fmt: skip
+        self._standing = standing_words(self._serving, world.engine)
+        self._made: dict[Placement, Configuration] = {}
+        # What all layers take on one device, with the smallest context, by backend.
+        self._least: dict[str, int] = {}
+
+    def _wanted_layers(self) -> int:
+        """To offload, if all goes well."""
+        said, every = self.candidate.said.gpu_layers, self.candidate.all_layers
+        return every if said is None else min(said, every)
 
     @property
     def offered(self) -> str:
         """The devices that there are to choose from."""
         return ",".join(self._offered)
 
-    @property
-    def layers(self) -> int:
-        """To offload, if all goes well."""
-        said, every = self.candidate.said.gpu_layers, self.candidate.all_layers
-        return every if said is None else min(said, every)
-
     def configuration(self, placement: Placement) -> Configuration:
         """One way to serve it."""
         made = self._made.get(placement)
         if made is None:
-            made = configure(self.candidate, placement, self._port, self._settings, self._world)
-            self._made[placement] = made
+            made = self._made[placement] = self._configure(placement)
         return made
+
+    def _configure(self, placement: Placement) -> Configuration:
+        """The arguments that serve it so, and what these very arguments take."""
+        model, engine, serving = self.candidate.model, self._world.engine, self._serving
+        extent = Extent(
+            placement.context, self._device(placement), self._gpu_layers(placement),
+            placement.split, self._rpc if _RPC in placement.where else (),
+        )  # fmt: skip
+        placing = placing_words(extent, serving, engine)
+        load = load_of(self._standing, placing, serving.extra)
+        found = estimate(model.header, load, projector_bytes=model.projector_bytes)
+        bound = prompt_cache_words(found.kv_bytes, serving, engine)
+        words = (*self._standing, *placing, *bound, *serving.extra)
+        return Configuration(placement, words, self._world.known(model, words) or found)
+
+    def _device(self, placement: Placement) -> str | None:
+        """`none` where an engine would else take all that it finds."""
+        if placement.devices:
+            return placement.where
+        return "none" if self.candidate.said.device or self._has_devices else None
+
+    def _gpu_layers(self, placement: Placement) -> int | None:
+        """As the settings say it, where that is what is meant; then as it was chosen."""
+        said = self.candidate.said.gpu_layers
+        if said is not None and self.layers == placement.layers:
+            return said
+        return placement.layers if placement.devices or self._has_devices else said
 
     def can_be_kept(self, choice: Choice) -> bool:
         """Whether what was chosen from the same model and settings could be chosen again today.
@@ -234,7 +244,7 @@ class Search:
         What left layers on the host, where other devices are there now, is chosen anew.
         """
         placement = choice.placement
-        if placement.context not in self.candidate.contexts:
+        if placement.context not in self.contexts:
             return False
         if placement.devices and placement.layers == self.layers:
             return set(placement.devices) <= set(self._offered)
@@ -254,7 +264,7 @@ class Search:
 
     def nearest(self, room: Mapping[str, int]) -> Configuration:
         """As it is meant to be, with the smallest context, whether that fits or not."""
-        context = self.candidate.contexts[-1]
+        context = self.contexts[-1]
         if not self._offered or not self.layers:
             return self.configuration(Placement(context))
         devices = next(self._groups(room))
@@ -265,7 +275,7 @@ class Search:
 
     def _largest(self, attempt: Callable[[int], Configuration | None]) -> Configuration | None:
         """The attempt with the largest context that comes off; none where the smallest does not."""
-        *larger, smallest = self.candidate.contexts
+        *larger, smallest = self.contexts
         last = attempt(smallest)
         if last is None:
             return None
@@ -292,13 +302,17 @@ class Search:
         needed: dict[str, float] = {}
         for name in devices:
             backend = name.rstrip("0123456789")
-            if needed.get(backend, 0) > room.get(name, 0):
+            least = max(needed.get(backend, 0), self._least.get(backend, 0))
+            if least > room.get(name, 0):
                 continue
             found = self.configuration(Placement(context, (name,), self.layers))
-            lacking = found.lacking(room)
+            needs = found.needs()
+            if context == self.contexts[-1]:
+                self._least.setdefault(backend, needs[name])
+            lacking = _lacking(needs, room)
             if lacking is None:
                 return found
-            needed[backend] = found.needs()[name] if lacking == name else math.inf
+            needed[backend] = needs[name] if lacking == name else math.inf
         return None
 
     def _groups(self, room: Mapping[str, int]) -> Iterator[tuple[str, ...]]:
@@ -322,9 +336,8 @@ class Search:
 
     def _is_too_large_for(self, devices: Sequence[str], room: Mapping[str, int]) -> bool:
         """However it is split: it takes no less on several devices than on one."""
-        floor = self.candidate.contexts[-1]
-        alone = self.configuration(Placement(floor, tuple(devices[:1]), self.layers)).estimate
-        return alone.on(devices[0]) > sum(max(room.get(name, 0), 0) for name in devices)
+        least = min(self._least.values(), default=0)
+        return least > sum(max(room.get(name, 0), 0) for name in devices)
 
     def _in_part(self, room: Mapping[str, int]) -> Configuration | None:
         """As many layers as fit; more devices only for more layers."""
@@ -343,7 +356,7 @@ class Search:
         self, devices: tuple[str, ...], room: Mapping[str, int]
     ) -> Configuration | None:
         """With the smallest context. The fewer layers lie on devices, the more takes the host."""
-        floor = self.candidate.contexts[-1]
+        floor = self.contexts[-1]
         fewest, most = len(devices), self.layers - 1
         best: Configuration | None = None
         attempt = fewest  # where devices are full, not even these few fit

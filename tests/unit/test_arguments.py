@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from supervisor_synapse.core import arguments as core_arguments
 from supervisor_synapse.core.arguments import (
+    Extent,
     Served,
     Serving,
     embedding_batch,
     load_of,
     parse_served,
-    with_prompt_cache,
+    placing_words,
+    prompt_cache_words,
+    standing_words,
 )
 from supervisor_synapse.core.estimate import Load
 from supervisor_synapse.core.model import Engine as CoreEngine
@@ -39,20 +41,31 @@ PLANNED = Served("127.0.0.1", 8100, "tiny", 4096, 4, api_key_file=None, sleep_se
 LAUNCHER = ("/bin/synapse-run", "--drain", "30", "--term", "2", "--", "/opt/llama-server")
 
 
-def serving(**changes: Any) -> Serving:
+@dataclass(frozen=True)
+class Meant:
+    """How one model shall be served, and how much of it lies where."""
+
+    serving: Serving
+    extent: Extent
+    kv_bytes: int = 100 * MIB
+
+
+def serving(**changes: Any) -> Meant:
     """A text model, where the engine chooses the device."""
     values: dict[str, Any] = {
-        "host": "127.0.0.1", "port": 8100, "alias": "tiny", "role": Role.TEXT, "context": 4096,
-        "parallel": 4, "device": None, "gpu_layers": None, "sleep_idle_seconds": 0,
-        "extra": (),
+        "host": "127.0.0.1", "port": 8100, "alias": "tiny", "role": Role.TEXT, "parallel": 4,
+        "sleep_idle_seconds": 0, "extra": (), "context": 4096, "device": None, "gpu_layers": None,
     }  # fmt: skip
-    return Serving(**(values | changes))
+    values |= changes
+    extents = {key: values.pop(key) for key in Extent.__dataclass_fields__ if key in values}
+    kv_bytes = values.pop("kv_bytes", 100 * MIB)
+    return Meant(Serving(**values), Extent(**extents), kv_bytes)
 
 
-FULL = serving(
-    device="CUDA0,RPC0", gpu_layers=99, split=(12, 21), rpc=("127.0.0.1:50052",),
-    sleep_idle_seconds=60,
-)  # fmt: skip
+FULL = {
+    "device": "CUDA0,RPC0", "gpu_layers": 99, "split": (12, 21), "rpc": ("127.0.0.1:50052",),
+    "sleep_idle_seconds": 60,
+}  # fmt: skip
 
 
 def engine(flags: frozenset[str] = FLAGS) -> CoreEngine:
@@ -60,9 +73,18 @@ def engine(flags: frozenset[str] = FLAGS) -> CoreEngine:
     return plain_engine(flags=flags)
 
 
-def server_arguments(meant: Serving, one: CoreEngine, kv_bytes: int = 100 * MIB) -> tuple[str, ...]:
-    """All that a server is told, in the end."""
-    return with_prompt_cache(core_arguments.server_arguments(meant, one), kv_bytes, meant, one)
+def groups(meant: Meant, one: CoreEngine) -> tuple[tuple[str, ...], ...]:
+    return (
+        standing_words(meant.serving, one),
+        placing_words(meant.extent, meant.serving, one),
+        prompt_cache_words(meant.kv_bytes, meant.serving, one),
+        meant.serving.extra,
+    )
+
+
+def server_arguments(meant: Meant, one: CoreEngine) -> tuple[str, ...]:
+    """All that a server is told."""
+    return tuple(word for group in groups(meant, one) for word in group)
 
 
 def told(tokens: Sequence[str]) -> dict[str, str]:
@@ -116,7 +138,7 @@ def test_what_was_chosen_is_told(changes: dict[str, Any], flag: str, value: str)
 @pytest.mark.parametrize("kv_bytes", [0, 100 * MIB, 100 * GIB])
 def test_prompts_kept_on_the_host_are_always_bounded(kv_bytes: int) -> None:
     """llama-server's own default is 8 GiB for each server."""
-    mib = int(told(server_arguments(serving(), engine(), kv_bytes))["--cache-ram"])
+    mib = int(told(server_arguments(serving(kv_bytes=kv_bytes), engine()))["--cache-ram"])
     assert 0 < mib <= 1024
 
 
@@ -139,8 +161,8 @@ def test_a_model_that_writes_is_told_nothing_of_a_role(role: Role) -> None:
 
 @pytest.mark.parametrize("missing", OPTIONAL)
 def test_an_engine_is_told_only_what_it_knows(missing: str) -> None:
-    tokens = server_arguments(FULL, engine(flags=FLAGS - {missing}))
-    everything = server_arguments(FULL, engine())
+    tokens = server_arguments(serving(**FULL), engine(flags=FLAGS - {missing}))
+    everything = server_arguments(serving(**FULL), engine())
     assert missing in everything
     assert missing not in tokens
     gone = [missing] if missing in ("--kv-unified", "--metrics", "--slots") else [
@@ -158,7 +180,7 @@ def test_an_engine_is_told_only_what_it_knows(missing: str) -> None:
     ],
 )  # fmt: skip
 def test_what_the_user_gives_comes_last_and_is_not_said_twice(extra: tuple[str, ...]) -> None:
-    tokens = server_arguments(replace(FULL, extra=extra), engine())
+    tokens = server_arguments(serving(**FULL, extra=extra), engine())
     assert tokens[-len(extra) :] == extra
     flag = extra[0].split("=")[0]
     assert [word.split("=")[0] for word in tokens].count(flag) == 1
@@ -173,8 +195,8 @@ def test_what_the_user_gives_comes_last_and_is_not_said_twice(extra: tuple[str, 
     ],
 )  # fmt: skip
 def test_the_users_word_counts_under_each_name_of_an_option(extra: str, ours: str) -> None:
-    assert ours in server_arguments(FULL, engine())
-    assert ours not in server_arguments(replace(FULL, extra=(extra, "1")), engine())
+    assert ours in server_arguments(serving(**FULL), engine())
+    assert ours not in server_arguments(serving(**FULL, extra=(extra, "1")), engine())
 
 
 # --- the real engine -----------------------------------------------------------------------------
@@ -203,7 +225,7 @@ def test_the_real_engine_takes_every_argument_that_we_give(
     said = run(llama_server, "--model", str(tmp_path / "none.gguf"), *tokens)
     assert "error: invalid argument" not in said
     assert "error while handling argument" not in said
-    assert "failed to open GGUF file" in said
+    assert "failed to open GGUF file" in said, said
 
 
 # --- what it was told ----------------------------------------------------------------------------
@@ -277,13 +299,14 @@ _SERVING = st.builds(
 
 @settings(max_examples=120, deadline=None)
 @given(meant=_SERVING)
-def test_what_was_told_is_read_back(meant: Serving) -> None:
+def test_what_was_told_is_read_back(meant: Meant) -> None:
     """Whatever was planned meanwhile."""
     other = Served("10.0.0.1", 1, "other", 1, 1, None, sleep_seconds=0)
     command = (*LAUNCHER, "--model", "/m.gguf", *server_arguments(meant, engine()))
     assert parse_served(command, other) == Served(
-        meant.host, meant.port, meant.alias, meant.context, meant.parallel,
-        "/k" if "--api-key-file" in meant.extra else None, meant.sleep_idle_seconds,
+        meant.serving.host, meant.serving.port, meant.serving.alias, meant.extent.context,
+        meant.serving.parallel, "/k" if "--api-key-file" in meant.serving.extra else None,
+        meant.serving.sleep_idle_seconds,
     )  # fmt: skip
 
 
@@ -377,15 +400,18 @@ def test_what_is_not_said_is_the_models_context_and_every_device() -> None:
 
 @settings(max_examples=120, deadline=None)
 @given(meant=_SERVING)
-def test_what_a_server_is_told_is_what_it_takes_memory_for(meant: Serving) -> None:
+def test_what_a_server_is_told_is_what_it_takes_memory_for(meant: Meant) -> None:
+    """Word by word, or in its groups."""
+    told, extent = meant.serving, meant.extent
     found = load_of(server_arguments(meant, engine()))
-    assert (found.context, found.parallel, found.unified) == (meant.context, meant.parallel, True)
-    devices = () if meant.device in (None, "none") else ("CUDA0",)
+    assert found == load_of(*groups(meant, engine()))
+    assert (found.context, found.parallel, found.unified) == (extent.context, told.parallel, True)
+    devices = () if extent.device in (None, "none") else ("CUDA0",)
     assert (found.devices, found.gpu_layers, found.split) == (
-        devices, meant.gpu_layers, meant.split,
+        devices, extent.gpu_layers, extent.split,
     )  # fmt: skip
-    batch = embedding_batch(meant.context)
-    is_whole = meant.role in (Role.EMBEDDING, Role.RERANKER)
+    batch = embedding_batch(extent.context)
+    is_whole = told.role in (Role.EMBEDDING, Role.RERANKER)
     assert (found.ubatch, found.embeddings) == (batch if is_whole else 512, is_whole)
     assert found.prompt_cache_bytes == 200 * MIB
 

@@ -367,7 +367,10 @@ def test_an_embedding_model_takes_a_whole_input_at_once_and_memory_is_counted_fo
     made = model(role=Role.EMBEDDING, context_length=2048)
     found = planned([made])[made.name]
     assert {"--embeddings", "--ubatch-size"} <= set(found.arguments)
-    assert found.estimate_bytes == estimate(made.header, Load(2048, 4, 2048)).total_bytes
+    assert (
+        found.estimate_bytes
+        == estimate(made.header, Load(2048, 4, 2048, embeddings=True)).total_bytes
+    )
 
 
 def test_a_projector_is_served_and_counted() -> None:
@@ -1083,7 +1086,8 @@ def test_a_block_edited_by_hand_is_planned_for_as_it_runs(deployment: Deployment
     put_large(deployment, "a")
     look_and_apply(deployment)
     block = deployment.block("a")
-    block.write_text(block.read_text().replace("--ctx-size 16384 --parallel 4", "-c 300 -np 2"))
+    text = block.read_text()
+    block.write_text(text.replace("--ctx-size 16384", "-c 300").replace("--parallel 4", "-np 2"))
     for _ in range(2):
         (program,) = look_and_apply(deployment)[0].plan.programs
         assert (program.context, program.parallel, program.ladder) == (300, 2, ())
