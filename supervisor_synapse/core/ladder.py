@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import TypeVar
+from dataclasses import replace
+from typing import NamedTuple, TypeVar
 
 from supervisor_synapse.core.candidates import Candidate, halved
 from supervisor_synapse.core.estimate import HOST
@@ -29,8 +29,7 @@ _QUARTERS_OF_THE_LAYERS = (3, 2, 1, 0)
 _T = TypeVar("_T")
 
 
-@dataclass(frozen=True, slots=True)
-class _Rung:
+class _Rung(NamedTuple):
     """One rung before it is worked out: what `search` serves, and how."""
 
     label: str
@@ -50,7 +49,7 @@ def rungs(
     chosen. These serve under the name and on the port of `own` (see `in_place_of`).
     """
     contexts = [
-        _Rung(f"context {context}", own, replace(chosen, context=context))
+        _Rung(f"context {context}", own, chosen.with_context(context))
         for context in halved(chosen.context, _floor(own.candidate))[1:]
     ]
     lowest = contexts[-1].placement if contexts else chosen
@@ -91,7 +90,8 @@ def _fewer_layers(placement: Placement) -> list[Placement]:
 def _with_layers(placement: Placement, layers: int) -> Placement:
     if not layers:
         return Placement(placement.context)
-    return replace(placement, layers=layers, split=scaled(placement.split, layers))
+    split = scaled(placement.split, layers)
+    return Placement(placement.context, placement.devices, layers, split)
 
 
 def _share(search: Search, placement: Placement) -> str:
@@ -106,7 +106,7 @@ def _quantization(search: Search, chosen: Placement) -> _Rung:
     context = _floor(candidate)
     placement = _with_layers(chosen, min(chosen.layers, candidate.all_layers))
     label = f"{candidate.model.name} at context {context}"
-    return _Rung(label, search, replace(placement, context=context))
+    return _Rung(label, search, placement.with_context(context))
 
 
 def _fallback(search: Search, placement: Placement) -> _Rung:
@@ -137,18 +137,34 @@ def _variant(rung: _Rung) -> Variant:
 
 def _descending(variants: Iterable[Variant]) -> list[Variant]:
     kept: list[Variant] = []
+    taken: _Taken | None = None
     for variant in variants:
-        if not kept or takes_less(variant, kept[-1]):
+        takes = _takes(variant)
+        if taken is None or _is_less(takes, taken):
             kept.append(variant)
+            taken = takes
     return kept
+
+
+class _Taken(NamedTuple):
+    """What a rung takes, in bytes, with the files of which model."""
+
+    key: str
+    on_devices: int
+    on_host: int
+
+
+def _takes(variant: Variant) -> _Taken:
+    on_host = variant.estimate.on(HOST)
+    return _Taken(variant.key, variant.estimate.total_bytes - on_host, on_host)
+
+
+def _is_less(below: _Taken, above: _Taken) -> bool:
+    if below.key == above.key and above.on_devices:
+        return below.on_devices < above.on_devices
+    return below.on_devices + below.on_host < above.on_devices + above.on_host
 
 
 def takes_less(below: Variant, above: Variant) -> bool:
     """Whether a rung may stand below another."""
-    if below.key == above.key and _on_devices(above):
-        return _on_devices(below) < _on_devices(above)
-    return below.estimate.total_bytes < above.estimate.total_bytes
-
-
-def _on_devices(variant: Variant) -> int:
-    return variant.estimate.total_bytes - variant.estimate.on(HOST)
+    return _is_less(_takes(below), _takes(above))

@@ -65,6 +65,10 @@ class Placement:
         """Most of it, for people."""
         return ",".join(self.devices) or HOST
 
+    def with_context(self, context: int) -> Placement:
+        """The same place with another context."""
+        return Placement(context, self.devices, self.layers, self.split)
+
 
 @dataclass(frozen=True, slots=True)
 class Choice:
