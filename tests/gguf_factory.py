@@ -419,6 +419,61 @@ def write_projector(
     return write_gguf(path, "clip", keys | dict(extra or {}), tensors)
 
 
+def write_vision_projector(
+    path: Path,
+    projection_dim: int = 64,
+    *,
+    layers: int = 1,
+    embedding: int = 64,
+    heads: int = 4,
+    feed_forward: int | None = None,
+    image_size: int = 112,
+    seed: int | None = 0,
+) -> Path:
+    """An image encoder of Gemma 3's kind, which the server loads beside a text model so wide."""
+    random, patch, inner = Random(seed), 14, feed_forward or 2 * embedding
+    places = (image_size // patch) ** 2
+    keys: dict[str, Value] = {
+        "general.type": "mmproj",
+        "general.file_type": _file_type("F16"),
+        "clip.has_vision_encoder": True,
+        "clip.projector_type": "gemma3",
+        "clip.use_gelu": True,
+        "clip.vision.image_size": image_size,
+        "clip.vision.patch_size": patch,
+        "clip.vision.embedding_length": embedding,
+        "clip.vision.feed_forward_length": inner,
+        "clip.vision.block_count": layers,
+        "clip.vision.attention.head_count": heads,
+        "clip.vision.attention.layer_norm_epsilon": 1e-6,
+        "clip.vision.projection_dim": projection_dim,
+        "clip.vision.image_mean": [0.5, 0.5, 0.5],
+        "clip.vision.image_std": [0.5, 0.5, 0.5],
+    }
+    tensors: _Tensors = {
+        "v.patch_embd.weight": random.matrix(embedding, 3, patch, patch),
+        "v.patch_embd.bias": zeros(embedding),
+        "v.position_embd.weight": random.matrix(places, embedding),
+        "v.post_ln.weight": ones(embedding),
+        "v.post_ln.bias": zeros(embedding),
+        "mm.input_projection.weight": random.matrix(embedding, projection_dim),
+        "mm.soft_emb_norm.weight": ones(embedding),
+    }
+    shapes = {
+        "attn_q": (embedding, embedding), "attn_k": (embedding, embedding),
+        "attn_v": (embedding, embedding), "attn_out": (embedding, embedding),
+        "ffn_up": (inner, embedding), "ffn_down": (embedding, inner),
+    }  # fmt: skip
+    for layer in range(layers):
+        for name, shape in shapes.items():
+            tensors[f"v.blk.{layer}.{name}.weight"] = random.matrix(*shape)
+            tensors[f"v.blk.{layer}.{name}.bias"] = zeros(shape[0])
+        for name in ("ln1", "ln2"):
+            tensors[f"v.blk.{layer}.{name}.weight"] = ones(embedding)
+            tensors[f"v.blk.{layer}.{name}.bias"] = zeros(embedding)
+    return write_gguf(path, "clip", keys, tensors)
+
+
 def write_adapter(path: Path, *, rank: int = 4, embedding: int = 64, seed: int = 0) -> Path:
     """A LoRA adapter for the query weights of `write_model`'s first block."""
     keys: dict[str, Value] = {

@@ -57,6 +57,8 @@ _MAX_SECONDS = 1.5
 _WINDOW_BYTES = 256 * 1024
 _CHECK_EVERY = 1024  # keys or tensors between two looks at the clock
 
+_PATCHES_OF_ANY_IMAGE = (2 * 46) ** 2  # llama.cpp's set_warmup_n_tokens for Qwen-VL and its like
+
 _ARCHITECTURE = re.compile(r"[a-z0-9._-]{1,64}")
 _BLOCK = re.compile(rb"blk\.(\d{1,9})\.")
 # What `--n-cpu-moe` moves (llama.cpp's LLM_FFN_EXPS_REGEX).
@@ -593,6 +595,7 @@ def _header(
         has_vision=bool(values.flag("clip.has_vision_encoder")),
         has_audio=bool(values.flag("clip.has_audio_encoder")),
         projection_dim=_projection_dim(values, tensors),
+        image=_image(values),
         tags=values.texts("general.tags", _MAX_TAGS, _MAX_TAG_CHARACTERS),
         split_index=split_index,
         split_count=split_count,
@@ -692,6 +695,19 @@ def _projection_dim(values: _Values, tensors: list[_Tensor]) -> int:
     vision = values.number("clip.vision.projection_dim")
     audio = values.number("clip.audio.projection_dim")
     return vision or audio or values.number("clip.projection_dim")
+
+
+def _image(values: _Values) -> tuple[int, int, int]:
+    """Patches of the image for which the engine lays out its graph, and the encoder's widths."""
+    size, patch = values.number("clip.vision.image_size"), values.number("clip.vision.patch_size")
+    patches = (size // patch) ** 2 if patch else 0
+    if b"vl" in (values.raw("clip.projector_type") or b""):  # takes images of any size
+        patches = max(patches, _PATCHES_OF_ANY_IMAGE)
+    return (
+        min(patches, _MAX_NUMBER),
+        values.number("clip.vision.embedding_length"),
+        values.number("clip.vision.feed_forward_length"),
+    )
 
 
 def _block_bytes(

@@ -17,6 +17,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from supervisor_synapse.core.estimate import projector_bytes
 from supervisor_synapse.core.model import FileIdentity, FileKind, Header, Problem, Role
 
 PROGRAM_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
@@ -583,7 +584,7 @@ def _model(unit: _Unit, name: str, projector: _Projector | None) -> Model:
         role=_role(unit, projector),
         quantization=unit.header.quantization,
         projector=projector.file.path if projector else None,
-        projector_bytes=projector.file.size_bytes if projector else 0,
+        projector_bytes=projector_bytes(projector.header) if projector else 0,
     )
 
 

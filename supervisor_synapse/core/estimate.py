@@ -1,23 +1,21 @@
 """Header and arguments → bytes on each device and on the host, before anything is loaded.
 
 Placement and caches follow llama.cpp's own arithmetic and are exact. Scratch is the widest step of
-the model's graph in elements a token, fitted to what the engine allocates: a few hundredths off,
-and more where a backend works in its own way; a load or a dry run calibrates it.
-
-The profile of a header, which no argument changes, is kept: a plan asks for many loads of each.
+the model's graph, fitted to what the engine allocates: a few hundredths off, and more where a
+backend works in a way of its own; one load or dry run calibrates it.
 """
 
 from __future__ import annotations
 
 import struct
 from bisect import bisect_left
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 from typing import NamedTuple
 
+from supervisor_synapse.core.layers import Kind, Profile, profile
 from supervisor_synapse.core.model import Estimate, Header, Part, Source
 from supervisor_synapse.core.settings import MIB
 
@@ -33,52 +31,16 @@ _CACHE_BLOCKS = {
     "q5_0": (32, 22), "q4_1": (32, 20), "q4_0": (32, 18), "iq4_nl": (32, 18),
 }  # fmt: skip
 
-
-class _Windows(NamedTuple):
-    """Which layers have a window, where the header gives its size but no list of them."""
-
-    period: int  # one layer of so many sees everything; 0: none does
-    full_first: bool = False  # it is the first one, not the last
-
-
-# By what each architecture does in llama.cpp; for others a window alone means nothing.
-_WINDOWS = {
-    "afmoe": _Windows(4), "cohere2": _Windows(4), "exaone4": _Windows(4),
-    "exaone-moe": _Windows(4), "gemma-embedding": _Windows(6), "gemma2": _Windows(2),
-    "gemma3": _Windows(6), "gemma3n": _Windows(5), "gpt-oss": _Windows(2),
-    "laguna": _Windows(4, full_first=True), "llama4": _Windows(4),
-    "modern-bert": _Windows(3, full_first=True), "olmo2": _Windows(4), "plamo3": _Windows(8),
-    "smallthinker": _Windows(4, full_first=True),
-}  # fmt: skip
-_FIXED_WINDOW = {"llama4": 8192, "smallthinker": 4096}  # whatever the header says, if it says any
-
-# Architectures that llama.cpp gives no cache: they see all their input at once.
-_WITHOUT_CACHE = frozenset(
-    {
-        "bert", "dream", "eurobert", "gemma-embedding", "jina-bert-v2", "jina-bert-v3", "llada",
-        "llada-moe", "modern-bert", "neo-bert", "nomic-bert", "nomic-bert-moe", "rnd1",
-        "wavtokenizer-dec",
-    }
-)  # fmt: skip
-_WITHOUT_OUTPUT = frozenset(name for name in _WITHOUT_CACHE if "bert" in name)
-_WITHOUT_LOGITS = _WITHOUT_OUTPUT | {"gemma-embedding"}
-
-# Gated delta nets: every fourth layer attends unless the header says otherwise.
-_DELTA_NETS = frozenset({"qwen3next", "qwen35", "qwen35moe"})
-_DELTA_NET_INTERVAL = 4
-# Behind the attention of the last layer only tokens that have an output go on, but not in these.
-_FEEDS_EVERY_TOKEN = frozenset({"gpt-oss", *_DELTA_NETS})
-_RECURRENT_BESIDE_ATTENTION = frozenset({"falcon-h1"})  # both in every layer
-# A layer without attention recurs only where it does not feed forward.
-_RECURRENT_OR_FEEDING = frozenset({"nemotron_h", "nemotron_h_moe"})
-_CACHES_OF_GEMMA3N = 20  # layers; the others use theirs
-
 # What a server process takes beside its buffers; by backend, until a load has been measured.
 _OVERHEAD_BYTES = {
     "CPU": 48 * MIB, "CUDA": 550 * MIB, "ROCm": 450 * MIB, "MTL": 512 * MIB, "Metal": 512 * MIB,
     "Vulkan": 64 * MIB, "RPC": 8 * MIB,
 }  # fmt: skip
 _UNKNOWN_BACKEND_OVERHEAD_BYTES = 256 * MIB
+
+# Backends that compute asynchronously: with several devices, batches follow each other closely.
+_PIPELINED = frozenset({"CUDA", "ROCm", "Vulkan"})
+_PIPELINE_COPIES = 4  # GGML_SCHED_MAX_COPIES
 
 # What is added to an estimate before it is held against what is free.
 _MARGIN_PERCENT = {
@@ -117,34 +79,35 @@ def estimate(
 ) -> Estimate:
     """Bytes on each device of `load`, in order, and on the host, which comes last.
 
-    `header` holds the weights of all shards. `scratch_elements`: what `calibrate` gave for this
-    model; the source is then CALIBRATED.
+    `header` holds the weights of all shards. `projector_bytes`: what that function gives.
+    `scratch_elements`: what `calibrate` gave for this model; the source is then CALIBRATED.
     """
-    parts = _buffers(header, load, scratch_elements)
+    taken: dict[str, _Taken] = {}
+    _take(taken, profile(header), load, scratch_elements)
     if draft is not None:
-        parts = _sum(parts, _buffers(*draft, None))
-    main = next(iter(_devices(load)), HOST)
-    parts = _sum(parts, {main: Part(main, weights_bytes=projector_bytes)})
+        _take(taken, profile(draft[0]), draft[1], None)
+    taken[next(iter(_devices(load)), HOST)].weights += projector_bytes
     cached = load.prompt_cache_bytes
     if cached is None:
-        cached = prompt_cache_bytes(sum(part.kv_bytes for part in parts.values()))
-    parts = _sum(parts, {name: Part(name, overhead_bytes=_overhead(name)) for name in parts})
-    parts = _sum(parts, {HOST: Part(HOST, overhead_bytes=cached)})
+        cached = prompt_cache_bytes(sum(found.kv for found in taken.values()))
+    taken[HOST].overhead += cached
     source = Source.HEADER if scratch_elements is None else Source.CALIBRATED
-    return Estimate((*(part for name, part in parts.items() if name != HOST), parts[HOST]), source)
+    names = sorted(taken, key=lambda name: name == HOST)
+    return Estimate(tuple(taken[name].part(name) for name in names), source)
 
 
 def calibrate(header: Header, load: Load, compute_bytes: int) -> int:
-    """The model's scratch in elements per token, from the compute bytes of one load.
+    """The model's scratch in elements a token, from the compute bytes of one load or dry run.
 
     `compute_bytes`: where the output layer lies, as the engine told them. What is found serves for
     any other context, number of slots or batch.
     """
-    stretch = _stretches(header, load)[-1]
-    rest = compute_bytes - _input_bytes(header, load, (stretch,))
+    model = profile(header)
+    stretch = _stretches(model, load)[-1]
+    rest = compute_bytes - _input_bytes(model, load, (stretch,))
     elements = -(-rest // (_F32_BYTES * _tokens(load)))
     if stretch.device == HOST:
-        elements -= header.embedding_length
+        elements -= model.width
     return max(elements, 0)
 
 
@@ -161,177 +124,45 @@ def prompt_cache_bytes(kv_bytes: int) -> int:
     return min(max(2 * kv_bytes, 16 * MIB), 1024 * MIB)
 
 
+def projector_bytes(header: Header) -> int:
+    """A projector's weights, and its scratch for one image."""
+    patches, width, feed_forward = header.image
+    return header.tensor_bytes + _F32_BYTES * patches * max(5 * width, 3 * width + feed_forward)
+
+
+@dataclass(slots=True)
+class _Taken:
+    """Bytes on one device, summed up."""
+
+    weights: int = 0
+    kv: int = 0
+    recurrent: int = 0
+    compute: int = 0
+    overhead: int = 0
+
+    def part(self, device: str) -> Part:
+        overhead = self.overhead + _overhead(device)
+        return Part(device, self.weights, self.kv, self.recurrent, self.compute, overhead)
+
+
 def _overhead(device: str) -> int:
-    backend = device.rstrip("0123456789")
-    return _OVERHEAD_BYTES.get(backend, _UNKNOWN_BACKEND_OVERHEAD_BYTES)
+    return _OVERHEAD_BYTES.get(_backend(device), _UNKNOWN_BACKEND_OVERHEAD_BYTES)
 
 
-def _sum(some: Mapping[str, Part], more: Mapping[str, Part]) -> dict[str, Part]:
-    """Parts added device by device."""
-    total = dict(some)
-    for name, part in more.items():
-        known = total.get(name, Part(name))
-        total[name] = Part(
-            name,
-            known.weights_bytes + part.weights_bytes,
-            known.kv_bytes + part.kv_bytes,
-            known.recurrent_bytes + part.recurrent_bytes,
-            known.compute_bytes + part.compute_bytes,
-            known.overhead_bytes + part.overhead_bytes,
-        )
-    return total
+def _backend(device: str) -> str:
+    return device.rstrip("0123456789")
 
 
-def _buffers(header: Header, load: Load, scratch_elements: int | None) -> dict[str, Part]:
-    """What one model takes, less what the process takes beside."""
-    stretches = _stretches(header, load)
-    weights = _weights(header, load, stretches)
-    kv, recurrent = _caches(header, load, stretches)
-    compute = _compute(header, load, stretches, scratch_elements)
-    return {
-        name: Part(name, weights[name], kv[name], recurrent[name], compute[name])
-        for name in (*_devices(load), HOST)
-    }
-
-
-# --- layers --------------------------------------------------------------------------------------
-
-
-class _Kind(NamedTuple):
-    """What memory depends on in one layer; most models have two or three kinds."""
-
-    attends: bool
-    windowed: bool
-    keys: int  # elements in one cell of its cache; 0 where it keeps none of its own
-    values: int
-    queries: int  # elements of one token
-    recurs: bool
-    has_experts: bool
-    feed_forward: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Profile:
-    """A header's layers, summed up from the first: element i is the sum over those before i."""
-
-    kinds: tuple[_Kind, ...]
-    counts: tuple[tuple[int, ...], ...]  # of each kind
-    block_bytes: tuple[int, ...]
-    expert_bytes: tuple[int, ...]
-
-
-@lru_cache(maxsize=1024)
-def _profile(header: Header) -> _Profile:
-    layers = [_kind(header, layer) for layer in range(header.layers)]
-    kinds = tuple(dict.fromkeys(layers))
-    return _Profile(
-        kinds,
-        tuple(_sums(int(layer == kind) for layer in layers) for kind in kinds),
-        _sums(_padded(header.block_bytes, header.layers)),
-        _sums(_padded(header.expert_bytes, header.layers)),
-    )
-
-
-def _sums(values: Iterator[int] | Sequence[int]) -> tuple[int, ...]:
-    return tuple(accumulate(values, initial=0))
-
-
-def _padded(values: tuple[int, ...], count: int) -> list[int]:
-    return [values[index] if index < len(values) else 0 for index in range(count)]
-
-
-def _kind(header: Header, layer: int) -> _Kind:
-    recurs, attends = _is_recurrent(header, layer), _attends(header, layer)
-    windowed = attends and _is_windowed(header, layer)
-    keys, values = (0, 0)
-    if attends and _keeps_cache(header, layer):
-        keys, values = _cell(header, layer, windowed=windowed)
-    has_experts = bool(header.experts)
-    if any(header.expert_bytes):
-        has_experts = _at(header.expert_bytes, layer) > 0
-    width = header.key_length_mla or header.key_length or _default_head(header)
-    return _Kind(
-        attends=attends, windowed=windowed, keys=keys, values=values,
-        queries=_at(header.heads, layer) * width if attends else 0, recurs=recurs,
-        has_experts=has_experts, feed_forward=_at(header.feed_forward_length, layer),
-    )  # fmt: skip
-
-
-def _at(values: tuple[int, ...], layer: int) -> int:
-    """A per-layer value, where one value may stand for all layers."""
-    if not values:
-        return 0
-    return values[layer] if layer < len(values) else values[-1]
-
-
-def _is_recurrent(header: Header, layer: int) -> bool:
-    if header.recurrent_layers:
-        return bool(_at(header.recurrent_layers, layer))
-    if not any(_state_elements(header)):
-        return False
-    if header.attention_interval or header.architecture in _DELTA_NETS:
-        interval = header.attention_interval or _DELTA_NET_INTERVAL
-        return (layer + 1) % interval != 0
-    if header.architecture in _RECURRENT_BESIDE_ATTENTION:
-        return True
-    if header.architecture in _RECURRENT_OR_FEEDING and _at(header.feed_forward_length, layer):
-        return False
-    return _heads_kv(header, layer) == 0
-
-
-def _attends(header: Header, layer: int) -> bool:
-    if _is_recurrent(header, layer):
-        return header.architecture in _RECURRENT_BESIDE_ATTENTION
-    return _heads_kv(header, layer) > 0
-
-
-def _heads_kv(header: Header, layer: int) -> int:
-    return _at(header.heads_kv or header.heads, layer)
-
-
-def _default_head(header: Header) -> int:
-    heads = _at(header.heads, 0)
-    return header.embedding_length // heads if heads else 0
-
-
-def _keeps_cache(header: Header, layer: int) -> bool:
-    """Encoders keep none; some layers use the cache of one before them, or only serve to draft."""
-    if header.architecture in _WITHOUT_CACHE:
-        return False
-    if header.architecture == "gemma3n":
-        return layer < _CACHES_OF_GEMMA3N
-    return layer < header.layers - header.shared_kv_layers - header.predicting_layers
-
-
-def _cell(header: Header, layer: int, *, windowed: bool) -> tuple[int, int]:
-    """Elements of one cell's keys and values in one layer."""
-    heads, default = _heads_kv(header, layer), _default_head(header)
-    key, value = header.key_length or default, header.value_length or default
-    if windowed:
-        key, value = header.window_key_length or key, header.window_value_length or value
-    if header.key_length_mla and header.value_length_mla:  # one compressed row, in keys alone
-        value = 0
-    return heads * key, heads * value
-
-
-def _window(header: Header) -> int:
-    """Tokens that a layer with a window sees."""
-    if header.sliding_window:
-        return _FIXED_WINDOW.get(header.architecture, header.sliding_window)
-    return 0
-
-
-def _is_windowed(header: Header, layer: int) -> bool:
-    if not header.sliding_window:
-        return False
-    pattern = header.sliding_window_pattern
-    if len(pattern) > 1:
-        return bool(_at(pattern, layer))
-    known = _WINDOWS.get(header.architecture, _Windows(1))
-    period = pattern[0] if pattern else known.period
-    if period == 0:
-        return True
-    return layer % period != (0 if known.full_first else period - 1)
+def _take(
+    taken: dict[str, _Taken], model: Profile, load: Load, scratch_elements: int | None
+) -> None:
+    """Add one model's buffers."""
+    for name in (*_devices(load), HOST):
+        taken.setdefault(name, _Taken())
+    stretches = _stretches(model, load)
+    _take_weights(taken, model, load, stretches)
+    _take_caches(taken, model, load, stretches)
+    _take_scratch(taken, model, load, stretches, scratch_elements)
 
 
 # --- placement -----------------------------------------------------------------------------------
@@ -343,28 +174,32 @@ class _Stretch(NamedTuple):
     device: str
     first: int
     last: int
+    kinds: tuple[tuple[Kind, int], ...]  # with how many there are of each
 
 
 def _devices(load: Load) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for name in load.devices if name != HOST))
 
 
-def _stretches(header: Header, load: Load) -> tuple[_Stretch, ...]:
+def _stretches(model: Profile, load: Load) -> tuple[_Stretch, ...]:
     """Where the layers lie, in their order; the last stretch ends with the output layer.
 
     llama_model::load_tensors: the last `gpu_layers` go to the devices, each to the first one whose
     cumulated part of the split is above the layer's place among them.
     """
-    count = header.layers + 1
+    count = model.layers + 1
     devices = _devices(load)
     offloaded = count if load.gpu_layers is None else min(max(load.gpu_layers, 0), count)
     if not devices or not offloaded:
-        return (_Stretch(HOST, 0, count),)
+        return (_Stretch(HOST, 0, count, model.kinds_between(0, count)),)
     start = count - offloaded
     ends = [start + end for end in _ends(load.split[: len(devices)], len(devices), offloaded)]
-    on_devices = zip(devices, [start, *ends], ends, strict=False)
-    stretches = [_Stretch(HOST, 0, start), *(_Stretch(*found) for found in on_devices)]
-    return tuple(stretch for stretch in stretches if stretch.first < stretch.last)
+    places = zip((HOST, *devices), [0, start, *ends], [start, *ends], strict=False)
+    return tuple(
+        _Stretch(device, first, last, model.kinds_between(first, last))
+        for device, first, last in places
+        if first < last
+    )
 
 
 @lru_cache(maxsize=1024)
@@ -387,28 +222,20 @@ def _single(value: float) -> float:
     return rounded
 
 
-def _weights(header: Header, load: Load, stretches: Sequence[_Stretch]) -> Counter[str]:
+def _take_weights(
+    taken: dict[str, _Taken], model: Profile, load: Load, stretches: Sequence[_Stretch]
+) -> None:
     """Blocks by layer, inputs on the host, and what else there is with the output."""
-    profile = _profile(header)
-    found: Counter[str] = Counter()
-    for device, first, last in stretches:
-        blocks = _within(profile.block_bytes, first, last)
-        kept = _within(profile.expert_bytes, first, min(last, load.expert_layers_on_host))
-        found[device] += blocks - kept
-        found[HOST] += kept
-    output = stretches[-1].device
-    inputs = max(header.input_bytes, header.embedding_bytes)
-    found[HOST] += inputs
-    found[output] += max(header.tensor_bytes - inputs - profile.block_bytes[-1], 0)
-    if not header.has_output and output != HOST and header.architecture not in _WITHOUT_OUTPUT:
-        found[output] += header.embedding_bytes  # it serves as the output too: a copy
-    return found
-
-
-def _within(sums: Sequence[int], first: int, last: int) -> int:
-    """The sum over layers from `first` to before `last`; the output layer counts nothing."""
-    most = len(sums) - 1
-    return sums[min(max(last, first), most)] - sums[min(first, most)]
+    host, output = taken[HOST], stretches[-1].device
+    for device, first, last, _ in stretches:
+        experts_end = min(last, load.expert_layers_on_host)
+        kept = model.between(model.expert_bytes, first, experts_end)
+        taken[device].weights += model.between(model.block_bytes, first, last) - kept
+        host.weights += kept
+    host.weights += model.input_bytes
+    taken[output].weights += model.output_bytes
+    if output != HOST:
+        taken[output].weights += model.copied_bytes
 
 
 # --- caches --------------------------------------------------------------------------------------
@@ -418,18 +245,13 @@ def _pad(cells: int) -> int:
     return -(-cells // _CELL_PADDING) * _CELL_PADDING
 
 
+def _slots(load: Load) -> int:
+    return max(load.parallel, 1)
+
+
 def _streams(load: Load) -> int:
     """Caches of their own: one for all slots, or one each."""
-    return 1 if load.unified else max(load.parallel, 1)
-
-
-def _cells(header: Header, load: Load, *, windowed: bool) -> int:
-    """Of one stream; with a window: for the windows of its slots, and one batch."""
-    full = _pad(_pad(load.context) // _streams(load))
-    if not windowed or load.swa_full:
-        return full
-    slots = max(load.parallel, 1) if load.unified else 1
-    return _pad(min(full, _window(header) * slots + _tokens(load)))
+    return 1 if load.unified else _slots(load)
 
 
 def _tokens(load: Load) -> int:
@@ -437,27 +259,32 @@ def _tokens(load: Load) -> int:
     return max(min(load.ubatch, load.context), 1)
 
 
-def _caches(
-    header: Header, load: Load, stretches: Sequence[_Stretch]
-) -> tuple[Counter[str], Counter[str]]:
-    """Keys and values, and recurrent state, by device."""
-    kv: Counter[str] = Counter()
-    recurrent: Counter[str] = Counter()
-    state = _F32_BYTES * max(load.parallel, 1) * sum(_state_elements(header))
-    for device, kind, count in _kinds(_profile(header), stretches):
-        cells = _streams(load) * _cells(header, load, windowed=kind.windowed)
-        keys = _type_bytes(load.cache_type_k, kind.keys)
-        kv[device] += count * cells * (keys + _type_bytes(load.cache_type_v, kind.values))
-        recurrent[device] += count * state * kind.recurs
-    return kv, recurrent
+def _cells(model: Profile, load: Load, *, windowed: bool) -> int:
+    """Of one stream; with a window: for the windows of its slots, and one batch."""
+    full = _pad(_pad(load.context) // _streams(load))
+    if not windowed or load.swa_full:
+        return full
+    slots = _slots(load) if load.unified else 1
+    return _pad(min(full, model.window * slots + _tokens(load)))
 
 
-def _kinds(profile: _Profile, stretches: Sequence[_Stretch]) -> Iterator[tuple[str, _Kind, int]]:
-    """Which kinds of layers lie where, and how many of each."""
-    for device, first, last in stretches:
-        for kind, counts in zip(profile.kinds, profile.counts, strict=True):
-            if count := _within(counts, first, last):
-                yield device, kind, count
+def _take_caches(
+    taken: dict[str, _Taken], model: Profile, load: Load, stretches: Sequence[_Stretch]
+) -> None:
+    """Keys and values, and recurrent state."""
+    state = _F32_BYTES * _slots(load) * sum(model.state)
+    for device, _, _, kinds in stretches:
+        for kind, count in kinds:
+            if kind.keys or kind.values:
+                cells = count * _streams(load) * _cells(model, load, windowed=kind.windowed)
+                taken[device].kv += cells * _row_bytes(load, kind)
+            if kind.recurs:
+                taken[device].recurrent += count * state
+
+
+def _row_bytes(load: Load, kind: Kind) -> int:
+    keys = _type_bytes(load.cache_type_k, kind.keys)
+    return keys + _type_bytes(load.cache_type_v, kind.values)
 
 
 def _type_bytes(cache_type: str, elements: int) -> int:
@@ -465,109 +292,110 @@ def _type_bytes(cache_type: str, elements: int) -> int:
     return -(-elements // block) * size
 
 
-def _state_elements(header: Header) -> tuple[int, int]:
-    """One slot's recurrent state in one layer: of the convolution, and of the scan."""
-    width = header.embedding_length
-    kernel, inner, state, _, groups = header.recurrent_state
-    if header.wkv_head_size:
-        return header.token_shifts * width, width * header.wkv_head_size
-    if header.short_convolution:
-        return width * (header.short_convolution - 1), 0
-    if header.kda_head_size:
-        heads = _at(header.heads, 0)
-        convolved = 3 * max(kernel - 1, 0) * heads * header.kda_head_size
-        return convolved, header.kda_head_size**2 * heads
-    return max(kernel - 1, 0) * (inner + 2 * groups * state), state * inner
-
-
 # --- scratch -------------------------------------------------------------------------------------
 
 
-def _compute(
-    header: Header, load: Load, stretches: Sequence[_Stretch], scratch_elements: int | None
-) -> Counter[str]:
+def _take_scratch(
+    taken: dict[str, _Taken],
+    model: Profile,
+    load: Load,
+    stretches: Sequence[_Stretch],
+    scratch_elements: int | None,
+) -> None:
     """What the graph of one batch takes on each device, and the host's copy of what comes out."""
-    found: Counter[str] = Counter()
+    row = _F32_BYTES * _tokens(load) * model.width
     handed = 0
     for stretch in stretches:
-        widest = _widest_bytes(header, load, stretch, handed, scratch_elements)
-        if stretch is stretches[-1]:
-            widest = max(widest, _output_bytes(header, load))
-        found[stretch.device] = widest
+        found = taken[stretch.device]
+        widest = _widest_bytes(model, load, stretch, handed, scratch_elements)
+        if stretch.device == HOST:
+            widest += row  # the embeddings, which the host looks up
+        if stretch.last > model.layers:
+            widest = max(widest, _output_bytes(model, load))
+        found.compute += widest
         if stretch.device != HOST:
-            found[stretch.device] += _input_bytes(header, load, (stretch,))
-        handed = _handed_elements(header, load, stretch)
-    per_element = _F32_BYTES * _tokens(load)
-    if stretches[0].device == HOST:
-        found[HOST] += per_element * header.embedding_length
-    else:
-        found[HOST] = per_element * _host_elements(header, load)
-    found[HOST] += _input_bytes(header, load, stretches)  # the host sees to all of them
-    found[HOST] += _output_copy_bytes(header, load)
-    return found
-
-
-def _host_elements(header: Header, load: Load) -> int:
-    """Of a token, where no layer lies on the host: embeddings, and experts kept there."""
-    width = header.embedding_length
-    rows = 3 if header.architecture in _WITHOUT_OUTPUT else 2
-    kept = _kinds_in(header, _Stretch(HOST, 0, load.expert_layers_on_host))
-    fed = (_fed_elements(header, kind, 0) for kind in kept if kind.has_experts)
-    return max(rows * width, max(fed, default=0) + width)
+            inputs = _input_bytes(model, load, (stretch,))
+            found.compute += inputs + _pipeline_bytes(model, load, inputs + row)
+        handed = _handed(model, load, stretch)
+    host, inputs = taken[HOST], _input_bytes(model, load, stretches)  # it sees to all of them
+    host.compute += inputs + _pipeline_bytes(model, load, inputs)
+    if stretches[0].device != HOST:
+        host.compute += _host_bytes(model, load)
+    host.compute += _output_copy_bytes(model, load)
 
 
 def _widest_bytes(
-    header: Header, load: Load, stretch: _Stretch, handed: int, scratch_elements: int | None
+    model: Profile, load: Load, stretch: _Stretch, handed: int, scratch_elements: int | None
 ) -> int:
-    """The widest step of the layers in a stretch, the first of which takes over `handed`."""
+    """The widest step of the layers in a stretch, the first of which takes over `handed`.
+
+    Beside each step lie the layer's input, its normed copy and the room that queries leave.
+    """
     per_element = _F32_BYTES * _tokens(load)
-    kinds = _kinds_in(header, stretch)
+    kinds = stretch.kinds
     if scratch_elements is not None and kinds:
         return per_element * max(scratch_elements, handed)
-    fed = stretch
-    if not _feeds_every_token(header, load):
-        fed = stretch._replace(last=min(stretch.last, header.layers - 1))
-    kept = 2 * header.embedding_length + _queries(header)
-    steps = [per_element * handed]
-    steps += [_mixing_bytes(header, load, kind, kept) for kind in kinds]
+    kept = 2 * model.width + model.queries
+    steps = [handed]
+    steps += [kept + _attended(model, load, kind) for kind, _ in kinds if kind.attends]
     steps += [
-        per_element * (kept + _fed_elements(header, kind, handed))
-        for kind in _kinds_in(header, fed)
+        kept + kind.fed + max(kind.given, handed * kind.has_experts)
+        for kind, _ in _feeding(model, load, stretch)
     ]
-    return max(steps)
+    return max(per_element * max(steps), _recurrence_bytes(model, load, kinds, kept))
 
 
-def _feeds_every_token(header: Header, load: Load) -> bool:
-    """In the last layer, too."""
-    return header.architecture in _FEEDS_EVERY_TOKEN or _gives_embeddings(header, load)
+def _feeding(model: Profile, load: Load, stretch: _Stretch) -> Iterable[tuple[Kind, int]]:
+    """Kinds of layers that feed all tokens forward: the last one only those with an output."""
+    feeding = model.computing
+    if not (model.feeds_every_token or load.embeddings):
+        feeding -= 1
+    return model.kinds_between(stretch.first, min(stretch.last, feeding))
 
 
-def _kinds_in(header: Header, stretch: _Stretch) -> list[_Kind]:
-    return [kind for _, kind, _ in _kinds(_profile(header), (stretch,))]
+def _seen(model: Profile, load: Load, *, windowed: bool) -> int:
+    """Cells that a token may attend to."""
+    return _cells(model, load, windowed=windowed) if model.has_cache else _tokens(load)
 
 
-def _queries(header: Header) -> int:
-    """Elements of one token, in the widest layer: that room stays between what else there is."""
-    return max((kind.queries for kind in _profile(header).kinds), default=0)
+def _attended(model: Profile, load: Load, kind: Kind) -> int:
+    """Without flash attention: how much each head heeds each cell."""
+    widest = max(kind.latent, kind.queries)
+    if load.flash_attention:
+        return max(widest, kind.values + kind.keys // 2)
+    seen = _seen(model, load, windowed=kind.windowed)
+    return model.heads * seen + widest
 
 
-def _handed_elements(header: Header, load: Load, stretch: _Stretch) -> int:
-    """Of a token, what the host hands on: the sum over experts is left to the device."""
-    if stretch.device != HOST or stretch.last > header.layers:
+def _recurrence_bytes(
+    model: Profile, load: Load, kinds: Iterable[tuple[Kind, int]], kept: int
+) -> int:
+    if not any(kind.recurs for kind, _ in kinds):
         return 0
-    (last,) = _kinds_in(header, stretch._replace(first=stretch.last - 1))
-    if stretch.last == header.layers and not (last.recurs or _feeds_every_token(header, load)):
+    of_token, of_slot = model.scan
+    return _F32_BYTES * (_tokens(load) * (kept + of_token) + _slots(load) * of_slot)
+
+
+def _handed(model: Profile, load: Load, stretch: _Stretch) -> int:
+    """Elements of a token that the host hands on: the sum over experts is left to the device."""
+    if stretch.device != HOST or stretch.last > model.layers:
         return 0
-    return (2 + header.experts_used * last.has_experts) * header.embedding_length
+    ((kind, _),) = model.kinds_between(stretch.last - 1, stretch.last)
+    goes_on = kind.recurs or model.feeds_every_token or load.embeddings
+    if stretch.last == model.layers and not goes_on:
+        return 0
+    return 2 * model.width + model.handed * kind.has_experts
 
 
-def _input_bytes(header: Header, load: Load, stretches: Sequence[_Stretch]) -> int:
-    """Masks (one for layers with a window, one for the others), positions and places in caches."""
-    tokens, profile = _tokens(load), _profile(header)
-    kinds = {kind.windowed: kind for _, kind, _ in _kinds(profile, stretches) if kind.attends}
+def _input_bytes(model: Profile, load: Load, stretches: Iterable[_Stretch]) -> int:
+    """Masks (one for layers with a window, one for the others), positions, and places in caches."""
+    tokens = _tokens(load)
+    kinds = {
+        kind.windowed: kind for stretch in stretches for kind, _ in stretch.kinds if kind.attends
+    }
     total = 24 * tokens
     for windowed, kind in kinds.items():
-        seen = tokens if not kind.keys else _cells(header, load, windowed=windowed)
+        seen = _seen(model, load, windowed=windowed)
         if load.flash_attention:
             total += _F16_BYTES * tokens * seen
         else:  # values lie crosswise: a place for each element
@@ -575,77 +403,32 @@ def _input_bytes(header: Header, load: Load, stretches: Sequence[_Stretch]) -> i
     return total
 
 
-def _gives_embeddings(header: Header, load: Load) -> bool:
-    return load.embeddings or bool(header.pooling)
+def _pipeline_bytes(model: Profile, load: Load, input_bytes: int) -> int:
+    """Several batches are under way at once over several devices, each with inputs of its own."""
+    devices = _devices(load)
+    is_pipelined = (
+        len(devices) > 1
+        and (load.gpu_layers is None or load.gpu_layers > model.layers)
+        and not load.expert_layers_on_host
+        and all(_backend(device) in _PIPELINED for device in devices)
+    )
+    return (_PIPELINE_COPIES - 1) * input_bytes if is_pipelined else 0
 
 
-def _output_bytes(header: Header, load: Load) -> int:
+def _host_bytes(model: Profile, load: Load) -> int:
+    """Where no layer lies on the host: embeddings are looked up, and experts kept there in use."""
+    kept = model.kinds_between(0, load.expert_layers_on_host)
+    fed = [model.width + kind.fed + kind.given for kind, _ in kept if kind.has_experts]
+    return _F32_BYTES * _tokens(load) * max([model.looked_up * model.width, *fed])
+
+
+def _output_bytes(model: Profile, load: Load) -> int:
     """The last step: of one token a slot, or of every token where embeddings are asked for."""
-    outputs = _tokens(load) if _gives_embeddings(header, load) else max(load.parallel, 1)
-    words = 0 if header.architecture in _WITHOUT_LOGITS else header.vocabulary_size
-    return _F32_BYTES * outputs * (words + header.embedding_length)
+    gives_embeddings = model.gives_embeddings or load.embeddings
+    outputs = _tokens(load) if gives_embeddings else _slots(load)
+    return _F32_BYTES * outputs * (model.words + model.width)
 
 
-def _output_copy_bytes(header: Header, load: Load) -> int:
-    words = 0 if header.architecture in _WITHOUT_OUTPUT else header.vocabulary_size
-    width = words + header.embedding_length * _gives_embeddings(header, load)
-    return _F32_BYTES * max(load.parallel, 1) * width
-
-
-def _mixing_bytes(header: Header, load: Load, kind: _Kind, kept: int) -> int:
-    """The widest step of a layer's attention or recurrence.
-
-    `kept`: elements of a token beside it, which are the layer's input, its normed copy and the
-    room that queries leave.
-    """
-    per_element = _F32_BYTES * _tokens(load)
-    steps = [0]
-    if kind.attends:
-        steps.append(per_element * (kept + _attention_elements(header, load, kind)))
-    if kind.recurs:
-        scan, slot = _scan_elements(header)
-        per_slot = _F32_BYTES * max(load.parallel, 1)
-        steps.append(per_element * (kept + scan) + per_slot * slot)
-    return max(steps)
-
-
-def _fed_elements(header: Header, kind: _Kind, handed: int) -> int:
-    """Gate, projection and product; with experts, of those in use, and what they give."""
-    if not kind.has_experts:
-        return kind.feed_forward * (1 if header.ungated else 3)
-    used, width = header.experts_used, header.embedding_length
-    inner = header.expert_feed_forward_length or kind.feed_forward
-    given = used * width if width > 2 * inner else 0  # else it fits where gate and projection were
-    return 3 * used * inner + max(given, handed)
-
-
-def _attention_elements(header: Header, load: Load, kind: _Kind) -> int:
-    rank, heads = header.kv_lora_rank, max(header.heads, default=0)
-    if rank and not kind.values:  # MLA: queries, compressed and then not
-        turned = max(header.key_length - rank, 0)
-        latent = heads * (2 * rank + turned) + kind.queries + header.embedding_length
-    else:
-        latent = 0
-    if load.flash_attention:
-        return max(latent, kind.queries, kind.values + kind.keys // 2)
-    seen = _cells(header, load, windowed=kind.windowed) if kind.keys else _tokens(load)
-    return heads * seen + max(latent, kind.queries)
-
-
-def _scan_elements(header: Header) -> tuple[int, int]:
-    """Of a token, and of a slot, in one recurrent layer."""
-    _, inner, state, rank, groups = header.recurrent_state
-    convolution, scan = _state_elements(header)
-    if header.kda_head_size:
-        inner = max(header.heads, default=0) * header.kda_head_size
-        return 9 * inner, 2 * scan
-    if header.wkv_head_size:
-        return 8 * header.embedding_length, convolution + scan
-    if header.short_convolution:
-        return 5 * header.embedding_length, 2 * convolution
-    convolved = inner + 2 * groups * state
-    if header.architecture in _DELTA_NETS:
-        return 2 * convolved + 3 * inner, 2 * scan
-    if groups:  # Mamba 2
-        return inner + convolved + rank + 2 * convolved + inner, scan + 2 * convolution
-    return 5 * inner, scan + 2 * convolution
+def _output_copy_bytes(model: Profile, load: Load) -> int:
+    gives_embeddings = model.gives_embeddings or load.embeddings
+    return _F32_BYTES * _slots(load) * (model.vocabulary + model.width * gives_embeddings)

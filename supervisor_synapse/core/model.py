@@ -167,6 +167,8 @@ class Header:
     has_vision: bool = False  # projector: has an image encoder
     has_audio: bool = False
     projection_dim: int = 0  # projector: width of the text model that it feeds
+    image: tuple[int, int, int] = (0, 0, 0)
+    # projector: patches of one image, width and feed forward of the encoder that sees them
     tags: tuple[str, ...] = ()  # general.tags, at most 32 of at most 64 characters
     split_index: int = 0  # from 0
     split_count: int = 0  # 0 or 1: not split
