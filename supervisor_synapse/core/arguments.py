@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import zip_longest
-from typing import Any
+from typing import Any, NamedTuple
 
 from supervisor_synapse.core.estimate import Load, prompt_cache_bytes
 from supervisor_synapse.core.model import Engine, Role, http_url
@@ -46,8 +46,7 @@ class Serving:
     extra: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Extent:
+class Extent(NamedTuple):
     """How much of a model lies where."""
 
     context: int

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
+from typing import NamedTuple
 
 from supervisor_synapse.core.arguments import (
     Extent,
@@ -51,8 +52,7 @@ def nothing_known(_model: Model, _arguments: tuple[str, ...]) -> None:
     """No model was ever loaded."""
 
 
-@dataclass(frozen=True, slots=True)
-class Placement:
+class Placement(NamedTuple):
     """How much of a model lies where. `layers` counts the output layer as one."""
 
     context: int
@@ -67,7 +67,7 @@ class Placement:
 
     def with_context(self, context: int) -> Placement:
         """The same place with another context."""
-        return Placement(context, self.devices, self.layers, self.split)
+        return self._replace(context=context)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +120,7 @@ def scaled(split: tuple[int, ...], layers: int) -> tuple[int, ...]:
     return tuple(end - start for start, end in zip([0, *ends], ends, strict=False))
 
 
-@dataclass(frozen=True, slots=True)
-class Configuration:
+class Configuration(NamedTuple):
     """One way to serve a model: its arguments, and what these take."""
 
     placement: Placement

@@ -57,7 +57,7 @@ def serving(**changes: Any) -> Meant:
         "sleep_idle_seconds": 0, "extra": (), "context": 4096, "device": None, "gpu_layers": None,
     }  # fmt: skip
     values |= changes
-    extents = {key: values.pop(key) for key in Extent.__dataclass_fields__ if key in values}
+    extents = {key: values.pop(key) for key in Extent._fields if key in values}
     kv_bytes = values.pop("kv_bytes", 100 * MIB)
     return Meant(Serving(**values), Extent(**extents), kv_bytes)
 
