@@ -139,15 +139,14 @@ class Configuration(NamedTuple):
         return needs
 
     def lacking(self, room: Mapping[str, int]) -> str | None:
-        """A device without enough room; None: it fits."""
+        """A device without enough room, the host last; None: it fits."""
         return _lacking(self.needs(), room)
 
 
 def _lacking(needs: Mapping[str, int], room: Mapping[str, int]) -> str | None:
-    for name, needed in needs.items():
-        if needed > room.get(name, 0):
-            return name
-    return None
+    """The host is named only where every device has enough."""
+    lacking = [name for name, needed in needs.items() if needed > room.get(name, 0)]
+    return min(lacking, key=lambda name: name == HOST, default=None)
 
 
 def is_of_the_host(device: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from supervisor_synapse.adapters import engine as engines
 from supervisor_synapse.core.arguments import load_of
 from supervisor_synapse.core.catalog import Model
 from supervisor_synapse.core.estimate import estimate
@@ -19,8 +21,21 @@ from supervisor_synapse.core.ladder import MOST_RUNGS, name_of, takes_less
 from supervisor_synapse.core.model import Program, Role, Tier, Variant
 from supervisor_synapse.core.plan import Plan, make_plan, on_rung, with_port, with_rung
 from supervisor_synapse.core.settings import Settings
+from tests.conftest import Engine, Serve
+from tests.integration.harness import wait_until
+from tests.integration.rpc_devices import rpc_device
 from tests.unit.builders import GIB, MIB, gpu, host, section
-from tests.unit.test_placement import _FLEET, _GPUS, NOTHING_KEPT, again, large, told, world
+from tests.unit.test_placement import (
+    _FLEET,
+    _GPUS,
+    NOTHING_KEPT,
+    again,
+    large,
+    real_model,
+    told,
+    without_port,
+    world,
+)
 
 GPU = gpu("CUDA0", 24 * GIB)
 
@@ -291,3 +306,28 @@ def test_every_ladder_strictly_descends(
         for variant in program.ladder:
             assert load_of(variant.arguments).context == variant.context
             assert variant.estimate.total_bytes // MIB > 0
+
+
+# --- the real engine -----------------------------------------------------------------------------
+
+
+def test_the_real_engine_takes_less_of_a_device_on_each_rung(
+    serve: Serve, llama_server: Engine, tmp_path: Path
+) -> None:
+    """And no more of it than the rung's estimate says."""
+    made = real_model(tmp_path / "m.gguf", context=16384)
+    used = []
+    with rpc_device(GIB) as device:
+        settings = replace(NOTHING_KEPT, rpc=(device.endpoint,))
+        where = world(gpu("RPC0", GIB), engine=engines.find(llama_server.path))
+        (program,) = make_plan([made], settings, where).programs
+        assert len(program.ladder) == MOST_RUNGS
+        for variant in program.ladder:
+            server = serve(tmp_path / "m.gguf", *without_port(variant.arguments))
+            used.append(device.used_bytes)
+            assert used[-1] <= variant.estimate.on("RPC0")
+            server.process.terminate()
+            server.process.wait(10)
+            wait_until(lambda: device.used_bytes == 0, 10)
+    assert used == sorted(set(used), reverse=True)
+    assert used[-1] == 0

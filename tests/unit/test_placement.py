@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
-import socket
-import subprocess
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,8 +23,9 @@ from supervisor_synapse.core.plan import Plan, World, make_plan
 from supervisor_synapse.core.settings import Enable, Reserve, Settings
 from supervisor_synapse.report import mib
 from tests.conftest import Engine as ServedEngine
-from tests.conftest import Serve, free_port
+from tests.conftest import Serve
 from tests.gguf_factory import write_model
+from tests.integration.rpc_devices import rpc_device
 from tests.unit.builders import FLAGS, GIB, MIB, engine, gpu, host, model, section
 from tests.unit.builders import world as plain_world
 
@@ -514,60 +511,43 @@ def program_floor(program: Program) -> int:
 # --- the real engine -----------------------------------------------------------------------------
 
 
-@pytest.fixture
-def rpc_servers(llama_server: ServedEngine) -> Iterator[list[str]]:
-    """Two devices that every machine can have; skipped where the engine comes without them."""
-    program = Path(llama_server.path).with_name("ggml-rpc-server")
-    if not program.exists():
-        pytest.skip("no ggml-rpc-server beside the engine")
-    places = [f"127.0.0.1:{free_port()}" for _ in range(2)]
-    with contextlib.ExitStack() as running:
-        for place in places:
-            server = running.enter_context(
-                subprocess.Popen(
-                    [program, "-H", "127.0.0.1", "-p", place.partition(":")[2]],
-                    env=llama_server.environment, stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                )
-            )  # fmt: skip
-            running.callback(server.kill)
-        for place in places:
-            _await_listening(place)
-        yield places
+def real_model(path: Path, **options: Any) -> Model:
+    """A generated model that the engine loads."""
+    write_model(path, **({"layers": 12, "embedding": 512, "vocabulary": 500} | options))
+    header = gguf_header.read(path)
+    return model(name="m", path=str(path), header=header, size_bytes=path.stat().st_size)
 
 
-def _await_listening(place: str) -> None:
-    name, _, port = place.partition(":")
-    deadline = time.monotonic() + 20
-    while True:
-        with contextlib.suppress(OSError), socket.create_connection((name, int(port)), 1):
-            return
-        assert time.monotonic() < deadline, f"nothing listens on {place}"
+def without_port(arguments: Sequence[str]) -> tuple[str, ...]:
+    at = arguments.index("--port")
+    return (*arguments[:at], *arguments[at + 2 :])
 
 
 @pytest.mark.parametrize(
     ("room_mib", "layers"), [((38, 42), (13, 13)), ((38, 9), (1, 12))], ids=["split", "in part"]
 )
-def test_the_real_engine_lays_the_layers_where_the_plan_says(
-    serve: Serve, llama_server: ServedEngine, rpc_servers: list[str], tmp_path: Path,
+def test_the_real_engine_lays_the_layers_where_the_plan_says_and_has_room_there(
+    serve: Serve, llama_server: ServedEngine, tmp_path: Path,
     room_mib: tuple[int, int], layers: tuple[int, int],
 ) -> None:  # fmt: skip
-    path = write_model(tmp_path / "m.gguf", layers=12, embedding=512, vocabulary=500)
-    header = gguf_header.read(path)
-    made = model(name="m", path=str(path), header=header, size_bytes=path.stat().st_size)
-    settings = replace(NOTHING_KEPT, rpc=tuple(rpc_servers))
-    devices = [gpu(f"RPC{n}", GIB, room * MIB) for n, room in enumerate(room_mib)]
-    found = one(made, world(*devices, engine=engines.find(llama_server.path)), settings)
-    assert layers[0] <= int(str(told(found, "--gpu-layers"))) <= layers[1]
-    port = found.arguments.index("--port")
-    serve(path, *found.arguments[:port], *found.arguments[port + 2 :], "-lv", "5")
+    made = real_model(tmp_path / "m.gguf")
+    with rpc_device(room_mib[0] * MIB) as first, rpc_device(room_mib[1] * MIB) as second:
+        settings = replace(NOTHING_KEPT, rpc=(first.endpoint, second.endpoint))
+        devices = [
+            gpu(f"RPC{n}", device.total_bytes, device.free_bytes)
+            for n, device in enumerate((first, second))
+        ]
+        found = one(made, world(*devices, engine=engines.find(llama_server.path)), settings)
+        count = int(str(told(found, "--gpu-layers")))
+        assert layers[0] <= count <= layers[1]
+        serve(tmp_path / "m.gguf", *without_port(found.arguments), "-lv", "5")
+        for number, device in enumerate((first, second)):
+            assert device.used_bytes <= found.estimate.on(f"RPC{number}")
     log = (tmp_path / "m.gguf.log").read_text("utf-8", "replace")
     lies = re.findall(r"layer +\d+ assigned to device (\w+)", log)
-    count = int(str(told(found, "--gpu-layers")))
     split = told(found, "--tensor-split")
     parts = [int(part) for part in split.split(",")] if split else [count]
-    names = str(told(found, "--device")).split(",")
-    expected = ["CPU"] * (13 - count)
-    for name, part in zip(names, parts, strict=True):
+    expected = ["CPU"] * (made.header.layers + 1 - count)
+    for name, part in zip(str(told(found, "--device")).split(","), parts, strict=True):
         expected += [name] * part
-    assert lies[:13] == expected
+    assert lies[: len(expected)] == expected

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from supervisor_synapse import deploy, discovery, report
+from supervisor_synapse import cli, deploy, discovery, report
 from supervisor_synapse.adapters import registry
 from supervisor_synapse.adapters.deployment import Deployment
 from supervisor_synapse.adapters.registry import Entry, Registry
+from supervisor_synapse.adapters.supervisord import Process, Supervisord
 from supervisor_synapse.core.candidates import repo_file
 from supervisor_synapse.core.catalog import Model
 from supervisor_synapse.core.changes import Changes, Deployed, compare
 from supervisor_synapse.core.estimate import Load, estimate, margin_bytes
-from supervisor_synapse.core.model import Program, Role, Source, Tier
+from supervisor_synapse.core.model import ProcessState, Program, Role, Source, Tier
 from supervisor_synapse.core.plan import Plan, World, make_plan, unmatched_sections
 from supervisor_synapse.core.settings import (
     DEFAULT_TIERS,
@@ -1109,6 +1112,50 @@ def test_an_edited_block_that_runs_something_else_is_planned_as_ours(
     block.write_text(re.sub("^command=.*$", line, block.read_text(), flags=re.MULTILINE))
     (program,) = look_and_apply(deployment)[0].plan.programs
     assert program.context == 16384
+
+
+@dataclass(frozen=True)
+class Running:
+    """A supervisord in which these programs run."""
+
+    names: tuple[str, ...]
+
+    def processes(self) -> list[Process]:
+        return [
+            Process(name, name, ProcessState.RUNNING, 4711, 1, 0, 2, 0, "", "")
+            for name in self.names
+        ]
+
+
+def test_what_our_own_models_hold_is_theirs_to_keep(deployment: Deployment) -> None:
+    """Of the host all but their weights, which are pages of files and counted as free anyhow."""
+    put_large(deployment, "a", "b")
+    look_and_apply(deployment)
+    running = cast(Supervisord, Running(("a",)))
+    before = psutil.virtual_memory()
+    found = discovery.discover(deployment, settings_of(deployment), running)
+    (program,) = (one for one in found.plan.programs if one.name == "a")
+    (part,) = program.estimate.parts
+    held = part.total_bytes - part.weights_bytes
+    (device,) = found.devices
+    assert held > 60 * MIB
+    assert abs(device.free_bytes - min(before.available + held, before.total)) < 40 * MIB
+
+
+def test_a_plan_tells_in_json_what_each_model_takes_where(
+    deployment: Deployment, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put_large(deployment, "a")
+    here = deployment.prefix.parent
+    deployment.settings.write_text(
+        f"[synapse]\ncache_dirs = {here}/hub\nmodel_dirs = {here}/models\n"
+        f"engine = {here}/llama-server\n"
+    )
+    assert cli.main(["--prefix", str(deployment.prefix), "plan", "--json"]) == 0
+    (told,) = json.loads(capsys.readouterr().out)["models"]
+    total = told["memory"]["estimated"]
+    assert told["memory"] == {"estimated": total, "source": "header", "devices": {"CPU": total}}
+    assert (told["rung"], told["ladder"][:2]) == (0, ["as configured", "context 8192"])
 
 
 def test_what_is_known_of_a_model_reaches_the_plan(deployment: Deployment) -> None:
