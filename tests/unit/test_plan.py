@@ -733,10 +733,14 @@ def test_applying_the_changes_leads_to_what_was_meant_and_keeps_every_edit(
 @pytest.fixture
 def deployment(tmp_path: Path) -> Deployment:
     """Laid down, with an engine that only tells what it is, and a cache elsewhere."""
-    script = tmp_path / "llama-server"
+    return laid_down(tmp_path)
+
+
+def laid_down(folder: Path) -> Deployment:
+    script = folder / "llama-server"
     script.write_text(f"#!/bin/sh\necho 'version: 1'\necho '{' '.join(sorted(FLAGS))}'\n")
     script.chmod(0o700)
-    made = Deployment(tmp_path / "prefix")
+    made = Deployment(folder / "prefix")
     deploy.initialize(made)
     return made
 
@@ -1143,8 +1147,9 @@ def test_what_our_own_models_hold_is_theirs_to_keep(deployment: Deployment) -> N
 
 
 def test_a_plan_tells_in_json_what_each_model_takes_where(
-    deployment: Deployment, capsys: pytest.CaptureFixture[str]
+    tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    deployment = laid_down(tmp_path_factory.mktemp("p"))
     put_large(deployment, "a")
     here = deployment.prefix.parent
     deployment.settings.write_text(

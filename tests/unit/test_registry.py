@@ -36,8 +36,8 @@ CHOICE = Choice(
 
 
 RUNG = Variant(
-    "fallback c", "x", 4096, "CPU", ("--port", "1"), taking(5, "CUDA0"), "/models/\udcff\u2028.gguf",
-    "/p", ("/1",),
+    "fallback c", "x", 4096, "CPU", ("--port", "1"), taking(5, "CUDA0"),
+    "/models/\udcff\u2028.gguf", "/p", ("/1",),
 )  # fmt: skip
 
 
