@@ -41,6 +41,7 @@ class Shape:
     # Recurrent: kernel, width, state, heads (time_step_rank) and groups of the scan.
     scan: tuple[int, int, int, int, int] = (0, 0, 0, 0, 0)
     attention_interval: int = 0  # each so many layers one with attention, the others recurrent
+    predicting: int = 0  # the last so many layers predict further tokens
 
     @property
     def q(self) -> int:
@@ -281,6 +282,25 @@ def _deepseek2(shape: Shape, random: Random, layer: int) -> Tensors:
     return tensors | _experts(shape, random) | _dense(shape, random, "_shexp", shared)
 
 
+def _glm4moe(shape: Shape, random: Random, layer: int) -> Tensors:
+    """The first layer is dense."""
+    width = shape.embedding
+    tensors = _projections(shape, random) | _biases(shape)
+    tensors |= {"post_attention_norm.weight": ones(width)}
+    if layer == 0:
+        return tensors | _dense(shape, random)
+    if layer >= shape.layers - shape.predicting:
+        tensors |= {"nextn.eh_proj.weight": random.matrix(width, 2 * width)}
+        for name in ("enorm", "hnorm", "shared_head_norm"):
+            tensors |= {f"nextn.{name}.weight": ones(width)}
+    return (
+        tensors
+        | _experts(shape, random)
+        | _dense(shape, random, "_shexp", shape.expert_feed_forward)
+        | {"exp_probs_b.bias": zeros(shape.experts)}
+    )
+
+
 def _qwen3next(shape: Shape, random: Random, layer: int) -> Tensors:
     if shape.is_recurrent(layer):
         mixed = _delta_net(shape, random)
@@ -321,7 +341,7 @@ def _lfm2(shape: Shape, random: Random, layer: int) -> Tensors:
 _BLOCKS: Mapping[str, _Block] = {
     "llama": _llama, "qwen2": _qwen2, "qwen3": _qwen3, "qwen3moe": _qwen3, "olmoe": _olmoe,
     "gemma2": _gemma2, "gemma3": _gemma3, "gemma-embedding": _gemma3, "phi3": _phi3,
-    "gpt-oss": _gpt_oss, "deepseek2": _deepseek2, "qwen3next": _qwen3next,
+    "gpt-oss": _gpt_oss, "deepseek2": _deepseek2, "glm4moe": _glm4moe, "qwen3next": _qwen3next,
     "granitehybrid": _granitehybrid, "falcon-h1": _falcon_h1, "lfm2": _lfm2,
     "mamba": lambda shape, random, layer: _mamba1(shape, random),
     "mamba2": lambda shape, random, layer: _mamba2(shape, random),
@@ -341,7 +361,7 @@ def final_norm(architecture: str) -> str:
 # --- keys ----------------------------------------------------------------------------------------
 
 _STATES_HEAD_LENGTH = (
-    "qwen3", "qwen3moe", "gemma2", "gemma3", "gemma-embedding", "gpt-oss", "qwen3next",
+    "qwen3", "qwen3moe", "gemma2", "gemma3", "gemma-embedding", "glm4moe", "gpt-oss", "qwen3next",
 )  # fmt: skip
 
 
@@ -378,6 +398,9 @@ def keys(architecture: str, shape: Shape) -> dict[str, Value]:
             "expert_shared_feed_forward_length": shape.expert_feed_forward,
             "rope.dimension_count": shape.head,
         }
+    if architecture == "glm4moe":
+        stated |= _gating_keys() | {"nextn_predict_layers": shape.predicting or None}
+        stated |= {"leading_dense_block_count": 1, "rope.dimension_count": shape.head // 2}
     if architecture == "phi3":
         stated |= {"rope.dimension_count": shape.head}
     if architecture in ("mamba", "mamba2"):
@@ -405,18 +428,23 @@ def _latent_keys(shape: Shape) -> dict[str, Value]:
         "attention.key_length_mla": shape.head,
         "attention.value_length_mla": shape.head,
         "rope.dimension_count": shape.rope,
-        "expert_gating_func": 2,
-        "expert_weights_norm": True,
-        "expert_weights_scale": 1.0,
+        **_gating_keys(),
     }
+
+
+def _gating_keys() -> dict[str, Value]:
+    return {"expert_gating_func": 2, "expert_weights_norm": True, "expert_weights_scale": 1.0}
+
+
+_WITH_EXPERTS = ("deepseek2", "glm4moe", "qwen3next", "olmoe", "qwen3moe", "gpt-oss")
 
 
 def fitted(architecture: str, shape: Shape) -> Shape:
     """The shape with what the architecture cannot do without, where it is not given."""
     width = shape.embedding
-    if architecture in ("deepseek2", "qwen3next", "olmoe", "qwen3moe", "gpt-oss"):
+    if architecture in _WITH_EXPERTS:
         shape = replace(shape, experts=shape.experts or 4)
-    if architecture == "deepseek2":
+    if architecture in ("deepseek2", "glm4moe"):
         shape = replace(shape, shared_experts=shape.shared_experts or 1)
     if architecture == "deepseek2" and not shape.kv_rank:
         shape = replace(shape, kv_rank=width // 2, q_rank=width // 2, rope=shape.head // 2)

@@ -104,7 +104,7 @@ def calibrate(header: Header, load: Load, compute_bytes: int) -> int:
     """
     model = profile(header)
     stretch = _stretches(model, load)[-1]
-    rest = compute_bytes - _input_bytes(model, load, (stretch,))
+    rest = compute_bytes - _input_bytes(model, load, (stretch,)) - _scan_bytes(model, load, stretch)
     elements = -(-rest // (_F32_BYTES * _tokens(load)))
     if stretch.device == HOST:
         elements -= model.width
@@ -333,8 +333,9 @@ def _widest_bytes(
     """
     per_element = _F32_BYTES * _tokens(load)
     kinds = stretch.kinds
+    scan = _scan_bytes(model, load, stretch)
     if scratch_elements is not None and kinds:
-        return per_element * max(scratch_elements, handed)
+        return per_element * max(scratch_elements, handed) + scan
     kept = 2 * model.width + model.queries
     steps = [handed]
     steps += [kept + _attended(model, load, kind) for kind, _ in kinds if kind.attends]
@@ -342,7 +343,15 @@ def _widest_bytes(
         kept + kind.fed + max(kind.given, handed * kind.has_experts)
         for kind, _ in _feeding(model, load, stretch)
     ]
-    return max(per_element * max(steps), _recurrence_bytes(model, load, kinds, kept))
+    recurrence = per_element * (kept + model.scan[0]) + scan if scan else 0
+    return max(per_element * max(steps), recurrence)
+
+
+def _scan_bytes(model: Profile, load: Load, stretch: _Stretch) -> int:
+    """What a recurrent layer needs for each slot beside what it needs for each token."""
+    if not any(kind.recurs for kind, _ in stretch.kinds):
+        return 0
+    return _F32_BYTES * _slots(load) * model.scan[1]
 
 
 def _feeding(model: Profile, load: Load, stretch: _Stretch) -> Iterable[tuple[Kind, int]]:
@@ -365,15 +374,6 @@ def _attended(model: Profile, load: Load, kind: Kind) -> int:
         return max(widest, kind.values + kind.keys // 2)
     seen = _seen(model, load, windowed=kind.windowed)
     return model.heads * seen + widest
-
-
-def _recurrence_bytes(
-    model: Profile, load: Load, kinds: Iterable[tuple[Kind, int]], kept: int
-) -> int:
-    if not any(kind.recurs for kind, _ in kinds):
-        return 0
-    of_token, of_slot = model.scan
-    return _F32_BYTES * (_tokens(load) * (kept + of_token) + _slots(load) * of_slot)
 
 
 def _handed(model: Profile, load: Load, stretch: _Stretch) -> int:
