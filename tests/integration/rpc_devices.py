@@ -90,7 +90,7 @@ class _Server:
     """One real server, for one connection at a time."""
 
     def __init__(self, program: str) -> None:
-        self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  end() closes it
+        self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - end() closes it
         self.port = conftest.free_port()
         self.process = subprocess.Popen(
             [program, "-H", "127.0.0.1", "-p", str(self.port), "-d", "CPU"],

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import signal
 import socket
 import subprocess
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 
 from supervisor_synapse.adapters import engine as engines
+from supervisor_synapse.adapters.gpu import cpu, drivers
 from supervisor_synapse.core.failures import Ending, classify
-from supervisor_synapse.core.model import Device, FailureClass
+from supervisor_synapse.core.model import Device, DeviceReading, FailureClass
+from supervisor_synapse.errors import ConfigError
 from tests import conftest, gguf_factory
 from tests.integration import rpc_devices
 from tests.integration.harness import wait_until
@@ -56,6 +60,12 @@ def listed(llama_server: conftest.Engine, *devices: RpcDevice) -> list[Device]:
         timeout=_LONGEST_SECONDS, check=True,
     )  # fmt: skip
     return [one for one in engines.parse_devices(done.stdout) if one.name.startswith("RPC")]
+
+
+def asked(*devices: RpcDevice) -> tuple[Device, ...]:
+    """What our own question to the engine finds."""
+    found = engines.devices(engines.find("auto"), [one.endpoint for one in devices])
+    return tuple(one for one in found if one.name.startswith("RPC"))
 
 
 def buffers(log: str) -> dict[str, int]:
@@ -110,6 +120,69 @@ def test_the_memory_of_a_device_may_change(
         device.total_bytes = total * MIB
         (seen,) = listed(llama_server, device)
         assert (seen.total_bytes, seen.free_bytes) == (total * MIB, free * MIB)
+
+
+def test_our_own_question_finds_them_too(llama_server: conftest.Engine) -> None:
+    with rpc_device(64 * MIB) as first, rpc_device(96 * MIB) as second:
+        second.take(MIB)
+        assert asked(first, second) == (
+            Device("RPC0", 64 * MIB, 64 * MIB, first.endpoint),
+            Device("RPC1", 96 * MIB, 95 * MIB, second.endpoint),
+        )
+
+
+def test_a_device_that_is_gone_is_left_out_and_those_after_it_move_up(
+    llama_server: conftest.Engine,
+) -> None:
+    """So that a name alone does not say which device it is: its address does."""
+    with rpc_device(64 * MIB) as gone:
+        pass
+    with rpc_device(96 * MIB) as there:
+        assert asked(gone, there) == (Device("RPC0", 96 * MIB, 96 * MIB, there.endpoint),)
+
+
+def test_a_device_that_is_silent_costs_the_answer(llama_server: conftest.Engine) -> None:
+    """As an rpc-server is that serves somebody else: nothing is known then, and no one waits."""
+    engine = engines.find("auto")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(ConfigError, match=f"--rpc {address} .*gave no answer in 0.3 s"):
+            engines.devices(engine, [address], answer_seconds=0.3)
+
+
+def test_an_engine_that_knows_no_further_devices_is_named(llama_server: conftest.Engine) -> None:
+    engine = engines.find("auto")
+    without = replace(engine, flags=engine.flags - {"--rpc"})
+    with pytest.raises(ConfigError, match=r"remove rpc from \[synapse\]"):
+        engines.devices(without, ["127.0.0.1:1"])
+    assert isinstance(engines.devices(without), tuple)
+
+
+def test_a_reading_tells_of_each_device_by_asking_the_engine_once(
+    llama_server: conftest.Engine,
+) -> None:
+    """The host tells of itself; a device that has gone is unknown, and none takes its place."""
+    engine, times = engines.find("auto"), []
+
+    def ask() -> tuple[Device, ...]:
+        times.append(1)
+        return engines.devices(engine, [first.endpoint, second.endpoint])
+
+    with rpc_device(64 * MIB) as second:
+        with rpc_device(96 * MIB) as first:
+            devices = (*asked(first, second), cpu.read())
+            first.take(6 * MIB)
+            one, two, host = drivers.read_all(devices, {"us": [os.getpid()]}, ask)
+            assert one == DeviceReading("RPC0", 96 * MIB, 90 * MIB)
+            assert two == DeviceReading("RPC1", 64 * MIB, 64 * MIB)
+            assert host.free_bytes
+            assert dict(host.held_bytes)["us"] > MIB
+            assert len(times) == 1
+        one, two, host = drivers.read_all(devices, {}, ask)
+        assert (one.free_bytes, two.free_bytes) == (None, None)
+        assert first.endpoint in one.problem
+        assert second.endpoint in two.problem
+        assert host.free_bytes
 
 
 # --- used ----------------------------------------------------------------------------------------
