@@ -221,7 +221,7 @@ def _devices(
             device,
             free_bytes=min(device.free_bytes + held.get(device.name, 0), device.total_bytes),
         )
-        for device in (*engines.devices(engine), cpu.read())
+        for device in (*engines.devices(engine, settings.rpc), cpu.read())
     )
 
 

@@ -13,11 +13,11 @@ where nothing lies on a device any more. A rung that does not is left out.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
-from supervisor_synapse.core.candidates import Candidate, halved
+from supervisor_synapse.core.candidates import Candidate, family_of, halved
 from supervisor_synapse.core.estimate import HOST
 from supervisor_synapse.core.model import Variant
 from supervisor_synapse.core.placement import Placement, Search, scaled
@@ -37,6 +37,39 @@ class _Rung(NamedTuple):
     placement: Placement
 
 
+def of_fleet(
+    fleet: Mapping[str, Search], placed: Mapping[str, Placement]
+) -> dict[str, tuple[Variant, ...]]:
+    """The ladder of each model, by key; `placed`: how each is served where it can be."""
+    families: dict[str, list[Candidate]] = {}
+    for search in fleet.values():
+        families.setdefault(family_of(search.candidate.model), []).append(search.candidate)
+    by_name = {search.candidate.model.name: search.candidate for search in fleet.values()}
+    found = {}
+    for key, own in fleet.items():
+        family = families[family_of(own.candidate.model)]
+        smaller = [own.for_other(_in_place_of(own, one)) for one in _smaller(own, family)]
+        other = by_name.get(own.candidate.said.fallback or "")
+        fallback = None
+        if other is not None and other is not own.candidate:
+            fallback = (own.for_other(_in_place_of(own, other)), placed[other.model.key])
+        found[key] = rungs(own, placed[key], smaller, fallback)
+    return found
+
+
+def _smaller(own: Search, family: Iterable[Candidate]) -> list[Candidate]:
+    """Smaller quantizations, the next one first; not those that the settings disable."""
+    model = own.candidate.model
+    found = [
+        one
+        for one in family
+        if one.model.size_bytes < model.size_bytes
+        and one.model.role is model.role
+        and one.said.enabled is not False
+    ]
+    return sorted(found, key=lambda one: one.order, reverse=True)
+
+
 def rungs(
     own: Search,
     chosen: Placement,
@@ -46,7 +79,7 @@ def rungs(
     """At most `MOST_RUNGS` ways to serve a model; none where there is but one.
 
     `smaller`: smaller quantizations of it, the largest first. `fallback`: another model, as it was
-    chosen. These serve under the name and on the port of `own` (see `in_place_of`).
+    chosen. These serve under the alias and on the port of `own`.
     """
     contexts = [
         _Rung(f"context {context}", own, chosen.with_context(context))
@@ -63,10 +96,11 @@ def rungs(
     return tuple(descending) if len(descending) > 1 else ()
 
 
-def in_place_of(own: Candidate, other: Candidate) -> Candidate:
+def _in_place_of(own: Search, other: Candidate) -> Candidate:
     """Another model, to be served under the alias of one, and to sleep when that one would."""
-    sleep = own.said.sleep_idle_seconds
-    return replace(other, said=replace(other.said, alias=own.alias, sleep_idle_seconds=sleep))
+    sleep = own.candidate.said.sleep_idle_seconds
+    said = replace(other.said, alias=own.candidate.alias, sleep_idle_seconds=sleep)
+    return replace(other, said=said)
 
 
 def name_of(variant: Variant) -> str:

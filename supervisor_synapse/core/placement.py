@@ -182,8 +182,7 @@ class Search:
         self.candidate = candidate
         self.contexts = candidate.contexts
         self.layers = self._wanted_layers()
-        self._world = world
-        self._rpc = settings.rpc
+        self._port, self._settings, self._world = port, settings, world
         self._offered = _offered(candidate, world)
         self._has_devices = bool(world.offloading)
         self._serving = Serving(
@@ -200,6 +199,10 @@ class Search:
         """To offload, if all goes well."""
         said, every = self.candidate.said.gpu_layers, self.candidate.all_layers
         return every if said is None else min(said, every)
+
+    def for_other(self, candidate: Candidate) -> Search:
+        """The same for another model on the same port."""
+        return Search(candidate, self._port, self._settings, self._world)
 
     @property
     def offered(self) -> str:
@@ -218,7 +221,7 @@ class Search:
         model, engine, serving = self.candidate.model, self._world.engine, self._serving
         extent = Extent(
             placement.context, self._device(placement), self._gpu_layers(placement),
-            placement.split, self._rpc if _RPC in placement.where else (),
+            placement.split, self._settings.rpc if _RPC in placement.where else (),
         )  # fmt: skip
         placing = placing_words(extent, serving, engine)
         load = load_of(self._standing, placing, serving.extra)

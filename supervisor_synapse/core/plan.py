@@ -24,7 +24,7 @@ from supervisor_synapse.core.candidates import (
 )
 from supervisor_synapse.core.catalog import Model, printable
 from supervisor_synapse.core.estimate import HOST, margin_bytes
-from supervisor_synapse.core.model import Problem, Program, Variant
+from supervisor_synapse.core.model import Device, Problem, Program, Variant
 from supervisor_synapse.core.placement import Choice as Choice
 from supervisor_synapse.core.placement import (
     Configuration,
@@ -34,6 +34,9 @@ from supervisor_synapse.core.placement import (
 )
 from supervisor_synapse.core.placement import World as World
 from supervisor_synapse.core.settings import Enable, Settings
+
+# Of a device that is not listed: whatever was planned for it may have fitted.
+_UNKNOWN_BYTES = 1 << 62
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +118,8 @@ def make_plan(models: Sequence[Model], settings: Settings, world: World) -> Plan
     candidates = sorted(
         (candidate_of(model, settings, world.intent) for model in models), key=lambda c: c.order
     )
+    lost = _lost_devices(candidates, world)
+    world = replace(world, devices=(*lost, *world.devices))
     asking = [ports.Asking(c.model, c.said.port, may_run(c, settings.enable)) for c in candidates]
     given, problems = ports.choose(asking, settings, world.earlier, world.port_is_free)
     fleet = {
@@ -128,7 +133,10 @@ def make_plan(models: Sequence[Model], settings: Settings, world: World) -> Plan
         key: outcome.placed.get(key) or _place(one, alone, frozenset(), world)
         for key, one in fleet.items()
     }
-    ladders = _ladders(fleet, placed, settings, world)
+    ladders = ladder.of_fleet(
+        {key: one.search for key, one in fleet.items()},
+        {key: found.placement for key, found in placed.items()},
+    )
     programs = []
     choices = {}
     for key, one in fleet.items():
@@ -136,6 +144,7 @@ def make_plan(models: Sequence[Model], settings: Settings, world: World) -> Plan
         programs.append(program)
         choices[key] = _choice(one, placed[key], program, outcome, settings)
     problems += _lost_fallbacks(one.candidate for one in fleet.values())
+    problems += [_without_devices(lost)] if lost else []
     return Plan(tuple(programs), choices, tuple(problems))
 
 
@@ -158,14 +167,18 @@ class _Asked:
 
 
 def _asked(candidate: Candidate, port: int, settings: Settings, world: World) -> _Asked:
-    model = candidate.model
-    earlier = world.earlier.get(model.key)
-    edited = world.edited.get(model.key)
+    edited = world.edited.get(candidate.model.key)
     return _Asked(
         search=Search(candidate, port, settings, world), port=port,
-        earlier=earlier if earlier and earlier.basis == _basis(candidate) else None,
-        edited=None if edited is None else as_edited(model, edited, world),
+        earlier=_earlier(candidate, world),
+        edited=None if edited is None else as_edited(candidate.model, edited, world),
     )  # fmt: skip
+
+
+def _earlier(candidate: Candidate, world: World) -> Choice | None:
+    """What was chosen before, if it was chosen from the same."""
+    earlier = world.earlier.get(candidate.model.key)
+    return earlier if earlier is not None and earlier.basis == _basis(candidate) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -379,43 +392,25 @@ def on_rung(choice: Choice, program: Program) -> Choice:
     return replace(choice, rung=program.rung, variant=ladder.name_of(variant), takes=takes)
 
 
-def _ladders(
-    fleet: Mapping[str, _Asked], placed: Mapping[str, Configuration], settings: Settings,
-    world: World,
-) -> dict[str, tuple[Variant, ...]]:  # fmt: skip
-    """The ladder of each model, by key."""
-    families: dict[str, list[Candidate]] = {}
-    for one in fleet.values():
-        families.setdefault(family_of(one.candidate.model), []).append(one.candidate)
-    by_name = {one.candidate.model.name: one.candidate for one in fleet.values()}
+def _lost_devices(candidates: Iterable[Candidate], world: World) -> tuple[Device, ...]:
+    """Devices that models were planned for, where the engine lists none at all any more.
 
-    def serve_as(own: _Asked, other: Candidate) -> Search:
-        candidate = ladder.in_place_of(own.candidate, other)
-        return Search(candidate, own.port, settings, world)
-
-    found = {}
-    for key, one in fleet.items():
-        smaller = _smaller(one.candidate, families[family_of(one.candidate.model)])
-        other = by_name.get(one.candidate.said.fallback or "")
-        found[key] = ladder.rungs(
-            one.search, placed[key].placement,
-            [serve_as(one, candidate) for candidate in smaller],
-            (serve_as(one, other), placed[other.model.key].placement)
-            if other is not None and other is not one.candidate else None,
-        )  # fmt: skip
-    return found
+    A driver that fails makes no model move to the host: no evidence, no change.
+    """
+    if world.offloading:
+        return ()
+    choices = (_earlier(candidate, world) for candidate in candidates)
+    offered = [choice.offered for choice in choices if choice is not None and choice.placed]
+    names = dict.fromkeys(name for names in offered for name in names.split(",") if name)
+    return tuple(Device(name, _UNKNOWN_BYTES, free_bytes=0) for name in names)
 
 
-def _smaller(own: Candidate, family: Iterable[Candidate]) -> list[Candidate]:
-    """Smaller quantizations, the next one first; not those that the settings disable."""
-    found = [
-        candidate
-        for candidate in family
-        if candidate.model.size_bytes < own.model.size_bytes
-        and candidate.model.role is own.model.role
-        and candidate.said.enabled is not False
-    ]
-    return sorted(found, key=lambda candidate: candidate.order, reverse=True)
+def _without_devices(lost: Sequence[Device]) -> Problem:
+    return Problem(
+        ",".join(device.name for device in lost),
+        "the engine lists no device any more; models that were planned with them stay as they are",
+        "mend the driver; where the devices are gone for good, set device = none for these models",
+    )
 
 
 def _lost_fallbacks(candidates: Iterable[Candidate]) -> list[Problem]:

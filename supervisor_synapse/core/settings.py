@@ -143,7 +143,6 @@ class Settings:
     max_parallel: int = 3
     memory_reserve: Reserve = Reserve()
     when_full: WhenFull = WhenFull.DEGRADE
-    rpc: tuple[str, ...] = ()
     probe: ProbePolicy = ProbePolicy()
     restart: RestartPolicy = RestartPolicy()
     stop: StopPolicy = StopPolicy()

@@ -393,6 +393,32 @@ def test_what_had_to_lie_on_the_host_is_placed_anew_when_a_device_is_added() -> 
     assert latest.programs[0].device == "CUDA1"
 
 
+def test_a_driver_that_fails_moves_nothing_to_the_host() -> None:
+    """Where no device is listed at all, those that were chosen are waited for."""
+    models = [large("on"), large("off")]
+    settings = replace(NOTHING_KEPT, models=(section("off", device="none"),))
+    before = world(gpu("CUDA0", 24 * GIB))
+    first = make_plan(models, settings, before)
+    later = make_plan(models, settings, again(first, before, devices=(host(256 * GIB),)))
+    assert [p.arguments for p in later.programs] == [p.arguments for p in first.programs]
+    assert later.choices == first.choices
+    found = {program.name: program for program in later.programs}
+    assert found["on"].reason.endswith(", 0 MiB left on CUDA0")
+    assert found["off"].reason.startswith("fits: ")
+    (problem,) = later.problems
+    assert problem.subject == "CUDA0"
+    back = make_plan(models, settings, again(later, before))
+    assert (back.programs, back.choices) == (first.programs, first.choices)
+
+
+def test_a_device_that_is_gone_while_others_are_there_is_replaced() -> None:
+    before = world(gpu("CUDA0", 24 * GIB), gpu("CUDA1", 80 * GIB))
+    first = make_plan([large()], NOTHING_KEPT, before)
+    assert first.programs[0].device == "CUDA1"
+    later = make_plan([large()], NOTHING_KEPT, again(first, before, devices=before.devices[::2]))
+    assert (later.programs[0].device, later.problems) == ("CUDA0", ())
+
+
 # --- whatever the fleet --------------------------------------------------------------------------
 
 _FLEET = st.lists(
@@ -455,6 +481,10 @@ def test_what_is_planned_never_takes_more_than_there_is_and_never_changes_by_its
         assert_is_what_it_is_told(program, fleet, before)
     twice = make_plan(fleet, settings, again(plan, before))
     assert twice == plan
+    full = tuple(replace(device, free_bytes=0) for device in before.devices)
+    later = make_plan(fleet, settings, again(plan, before, devices=full))
+    placed = {program.key: program.arguments for program in fitting}
+    assert {p.key: p.arguments for p in later.programs if p.key in placed} == placed
 
 
 def assert_is_what_it_is_told(program: Program, fleet: list[Model], before: World) -> None:
