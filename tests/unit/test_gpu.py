@@ -422,6 +422,7 @@ def test_no_limit_of_the_older_kind_is_a_huge_number(tmp_path: Path) -> None:
 def test_a_path_that_leads_elsewhere_leaves_the_root(tmp_path: Path, path: str) -> None:
     _member_of(tmp_path, f"0::{path}")
     _group(tmp_path / "cgroup", memory__max=4 * GIB, memory__current=GIB)
+    _group(tmp_path, memory__max=GIB, memory__current=GIB)
     assert _measure(tmp_path).free_bytes == 3 * GIB
 
 
