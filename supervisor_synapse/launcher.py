@@ -551,25 +551,25 @@ def model_of(record: str) -> str:
 
 def read_word(ledger: str, model: str) -> Word | None:
     """What a living listener says about the model; None: nothing against a start."""
-    text = _read(ledger, _LARGEST_LEDGER_BYTES + 1)
-    word = parse_ledger(text, model) if 0 < len(text) <= _LARGEST_LEDGER_BYTES else None
+    word = parse_ledger(_read(ledger, _LARGEST_LEDGER_BYTES), model)
     return word if word is not None and is_alive(*word.listener) else None
 
 
 def parse_ledger(text: bytes, model: str) -> Word | None:
     """What a ledger says; None: the model was admitted or is not in it, or it makes no sense."""
-    ledger = _json(text)
+    ledger: Any = _json(text) if text else None
     try:
-        entry = ledger["models"][model]
+        entry, listener = ledger["models"][model], ledger["listener"]
         if _whole(ledger["version"]) != _LEDGER_VERSION or entry["admitted"] is not False:
             return None
-        listener = ledger["listener"]
+        if not isinstance(entry["could_stop"], str):
+            return None
         return Word(
             listener=_process(listener["pid"], listener["started"]),
             needs=_by_device(entry["needs"], least=0),
             room=_by_device(ledger["room"], least=-_LARGEST_NUMBER),
             counted=frozenset(_process(pid, started) for pid, started in ledger["counted"]),
-            could_stop=entry["could_stop"] + "",
+            could_stop=entry["could_stop"],
         )
     except (AttributeError, KeyError, TypeError, ValueError):
         return None
@@ -577,7 +577,7 @@ def parse_ledger(text: bytes, model: str) -> Word | None:
 
 def parse_claims(text: bytes) -> list[Claim]:
     """The claims of a file, without those that make no sense."""
-    found = _json(text)
+    found = _json(text) if text else None
     claims = []
     for claim in found if isinstance(found, list) else ():
         with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):

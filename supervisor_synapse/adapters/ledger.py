@@ -9,7 +9,7 @@ import contextlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from supervisor_synapse.launcher import ticks_of
@@ -22,7 +22,7 @@ class Process:
     """A process, and not another one that has got its number since."""
 
     pid: int
-    started: int  # clock ticks since the boot, field 22 of /proc/PID/stat; 0 where there is no /proc
+    started: int  # clock ticks since the boot, as /proc has it; 0 where there is no /proc
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,9 +91,15 @@ def _new(path: Path) -> Path:
 def _text(ledger: Ledger) -> str:
     value = {
         "version": _VERSION,
-        "listener": asdict(ledger.listener),
+        "listener": {"pid": ledger.listener.pid, "started": ledger.listener.started},
         "room": dict(ledger.room),
         "counted": [[process.pid, process.started] for process in ledger.counted],
-        "models": {name: asdict(entry) for name, entry in ledger.models.items()},
+        "models": {name: _entry(entry) for name, entry in ledger.models.items()},
     }
     return json.dumps(value, ensure_ascii=True, separators=(",", ":")) + "\n"
+
+
+def _entry(entry: Entry) -> dict[str, object]:
+    return {
+        "admitted": entry.admitted, "needs": dict(entry.needs), "could_stop": entry.could_stop,
+    }  # fmt: skip

@@ -52,6 +52,7 @@ def test_what_the_log_says_decides_whatever_follows_it(kind: FailureClass, line:
     [
         (64, FailureClass.BAD_ARGUMENT),
         (66, FailureClass.MODEL_MISSING),
+        (69, FailureClass.OUT_OF_MEMORY),
         (72, FailureClass.BAD_ARGUMENT),
         (75, FailureClass.PORT_IN_USE),
         (71, FailureClass.CRASHED),
@@ -74,6 +75,11 @@ def test_the_launchers_refusal_is_not_read_from_a_files_name(name: str) -> None:
     """Its exit status says what it means; the line quotes what came from outside."""
     line = f"synapse-run: cannot serve '/models/{name}.gguf': not a file"
     assert classify(Ending(66, f"{START}\n{line}")) == (FailureClass.MODEL_MISSING, line)
+
+
+def test_memory_refused_by_the_ledger_is_told_with_its_numbers() -> None:
+    line = "synapse-run: a does not fit: needs 900 MiB on CUDA0, 300 MiB left"
+    assert classify(Ending(69, f"{START}\n{line}")) == (FailureClass.OUT_OF_MEMORY, line)
 
 
 def test_an_abort_without_a_word_while_loading_is_out_of_memory() -> None:

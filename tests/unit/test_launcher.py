@@ -7,9 +7,13 @@ import json
 import os
 import signal
 import socket
+import stat
+import sys
 import tempfile
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -19,6 +23,7 @@ from supervisor_synapse import launcher
 from supervisor_synapse.core.settings import StopPolicy
 from supervisor_synapse.launcher import (
     Action,
+    Claim,
     Exited,
     Look,
     Phase,
@@ -31,6 +36,7 @@ from supervisor_synapse.launcher import (
     StopAsked,
     Tick,
     Why,
+    Word,
     next_step,
 )
 
@@ -405,15 +411,22 @@ def test_the_servers_command_line_says_where_it_listens(
 
 def test_the_servers_words_are_kept_as_they_are() -> None:
     words = ["--drain=1.5", "--term", "0", "--", "llama-server", "--", "--drain", "x y", "ä\n"]
-    policy, found, record = launcher.parse_command(words, {})
+    policy, found, record, ledger = launcher.parse_command(words, {})
     assert policy == Policy(1.5, 0.0)
     assert found.argv == ("llama-server", "--", "--drain", "x y", "ä\n")
-    assert record == ""
+    assert (record, ledger) == ("", "")
 
 
 @pytest.mark.parametrize("words", [["--record", "/r/a b.run"], ["--record=/r/a b.run"]])
 def test_the_file_that_names_a_run_is_known(words: list[str]) -> None:
     assert launcher.parse_command([*words, "--", "x"], {}).record == "/r/a b.run"
+
+
+def test_the_ledger_is_known_and_the_record_names_the_model() -> None:
+    words = ["--ledger", "/r/ledger.json", "--record", "/r/a.b.run", "--", "x", "--ledger", "y"]
+    command = launcher.parse_command(words, {})
+    assert command.ledger == "/r/ledger.json"
+    assert launcher.model_of(command.record) == "a.b"
 
 
 @pytest.mark.parametrize(
@@ -423,6 +436,7 @@ def test_the_file_that_names_a_run_is_known(words: list[str]) -> None:
         ["--drain", "-1", "--", "x"],
         ["--drain=nan", "--", "x"], ["--drain=inf", "--", "x"], ["--drain=", "--", "x"],
         ["--record", "--", "x"], ["--record=", "--", "x"], ["--record"],
+        ["--ledger", "/r/ledger.json", "--", "x"], ["--record", "/r/a.run", "--ledger"],
         ["--term=two", "--", "x"], ["--other", "--", "x"], ["llama-server"],
     ],
 )  # fmt: skip
@@ -518,6 +532,264 @@ def test_connections_that_linger_do_not_take_a_port() -> None:
 )
 def test_an_address_that_only_the_server_can_judge_is_let_through(host: str) -> None:
     preflight("--host", host, "--port", "1")
+
+
+# --- memory, by the listener's word --------------------------------------------------------------
+
+MIB = 2**20
+US = (os.getpid(), launcher.ticks_of(os.getpid()))  # a process that lives
+
+
+def ledger_text(**changes: Any) -> bytes:
+    """A ledger as it stands on disk, of a listener that lives; `entry`: of model a."""
+    entry = {"admitted": False, "needs": {"CUDA0": 900 * MIB}, "could_stop": "b (500 MiB)"}
+    entry |= changes.pop("entry", {})
+    value: dict[str, Any] = {
+        "version": 1, "listener": {"pid": US[0], "started": US[1]}, "room": {"CUDA0": 300 * MIB},
+        "counted": [[7, 70]], "models": {"a": entry},
+    }  # fmt: skip
+    return json.dumps(value | changes).encode()
+
+
+def test_a_model_that_was_not_admitted_is_known_with_what_it_needs_and_what_is_left() -> None:
+    assert launcher.parse_ledger(ledger_text(), "a") == Word(
+        US, {"CUDA0": 900 * MIB}, {"CUDA0": 300 * MIB}, frozenset({(7, 70)}), "b (500 MiB)"
+    )
+
+
+def test_what_was_admitted_or_is_not_in_the_ledger_may_start() -> None:
+    assert launcher.parse_ledger(ledger_text(entry={"admitted": True}), "a") is None
+    assert launcher.parse_ledger(ledger_text(), "b") is None
+
+
+NONSENSE: dict[str, bytes] = {
+    "empty": b"", "torn": ledger_text()[:-5], "no JSON": b"\xff\xfe", "a list": b"[]",
+    "null": b"null", "too deep": b"[" * 100_000,
+    "a huge number": ledger_text().replace(b"943718400", b"9" * 9000),
+    "an older version": ledger_text(version=0), "a newer version": ledger_text(version=2),
+    "a version that is true": ledger_text(version=True), "no listener": ledger_text(listener=None),
+    "a listener of number 0": ledger_text(listener={"pid": 0, "started": 5}),
+    "all processes for a listener": ledger_text(listener={"pid": -1, "started": 5}),
+    "a listener of a huge number": ledger_text(listener={"pid": 2**70, "started": 5}),
+    "a listener in words": ledger_text(listener={"pid": "1", "started": "5"}),
+    "models in a list": ledger_text(models=["a"]), "rooms in a list": ledger_text(room=[300]),
+    "a model in words": ledger_text(models={"a": "x"}),
+    "a room in words": ledger_text(room={"CUDA0": "1"}),
+    "a room that is no number": ledger_text(room={"CUDA0": float("nan")}),
+    "a fractional room": ledger_text(room={"CUDA0": 0.5}),
+    "needs below nothing": ledger_text(entry={"needs": {"CUDA0": -1}}),
+    "no needs": ledger_text(entry={"needs": None}),
+    "a need that is true": ledger_text(entry={"needs": {"CUDA0": True}}),
+    "admitted in words": ledger_text(entry={"admitted": "no"}),
+    "nobody counted": ledger_text(counted=None), "counted by halves": ledger_text(counted=[[7]]),
+    "counted in words": ledger_text(counted=["7"]),
+    "a list of what could be stopped": ledger_text(entry={"could_stop": ["b"]}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", NONSENSE.values(), ids=NONSENSE)
+def test_a_ledger_that_makes_no_sense_is_none(text: bytes) -> None:
+    assert launcher.parse_ledger(text, "a") is None
+
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=6,
+)
+_PLACES = st.sampled_from(["version", "listener", "room", "counted", "models", "entry"])
+
+
+@given(place=_PLACES, value=_JSON, text=st.binary(max_size=200))
+def test_whatever_a_ledger_or_the_claims_hold_they_are_read_or_ignored(
+    place: str, value: Any, text: bytes
+) -> None:
+    changed = {"entry": {"needs": value}} if place == "entry" else {place: value}
+    word = launcher.parse_ledger(ledger_text(**changed), "a")
+    if word is not None:
+        launcher.refusal("a", launcher.what_lacks(word, []), word.could_stop)
+    launcher.parse_ledger(text, "a")
+    launcher.parse_claims(text)
+    launcher.parse_claims(json.dumps([value, {"pid": 1, "started": 1, "needs": value}]).encode())
+
+
+@pytest.mark.parametrize("spoilt", [{}, {"listener": {"pid": US[0], "started": US[1] + 1}}])
+def test_the_word_holds_while_the_very_listener_lives(
+    tmp_path: Path, spoilt: dict[str, Any]
+) -> None:
+    ledger = tmp_path / "ledger.json"
+    ledger.write_bytes(ledger_text(**spoilt))
+    assert (launcher.read_word(str(ledger), "a") is None) is bool(spoilt)
+
+
+@pytest.mark.parametrize("pid", [2**22 + 7, 2**31 - 1])
+def test_the_word_of_a_listener_that_has_ended_is_none(tmp_path: Path, pid: int) -> None:
+    ledger = tmp_path / "ledger.json"
+    ledger.write_bytes(ledger_text(listener={"pid": pid, "started": 5}))
+    assert launcher.read_word(str(ledger), "a") is None
+
+
+def test_a_ledger_too_large_to_be_ours_is_none(tmp_path: Path) -> None:
+    ledger = tmp_path / "ledger.json"
+    ledger.write_bytes(b" " * 2**20 + ledger_text())
+    assert launcher.read_word(str(ledger), "a") is None
+
+
+@pytest.mark.parametrize("kind", ["none", "folder", "pipe"])
+def test_what_is_no_file_is_no_ledger_and_is_not_waited_for(tmp_path: Path, kind: str) -> None:
+    ledger = tmp_path / "ledger.json"
+    match kind:
+        case "folder":
+            ledger.mkdir()
+        case "pipe":
+            os.mkfifo(ledger)
+    assert launcher.read_word(str(ledger), "a") is None
+
+
+def word(needs: dict[str, int], room: dict[str, int], *counted: tuple[int, int]) -> Word:
+    """In MiB."""
+    return Word(
+        US, {name: size * MIB for name, size in needs.items()},
+        {name: size * MIB for name, size in room.items()}, frozenset(counted), "",
+    )  # fmt: skip
+
+
+def claim(pid: int, started: int, **needs: int) -> Claim:
+    return Claim(pid, started, {name: size * MIB for name, size in needs.items()})
+
+
+FITS: dict[str, tuple[Word, list[Claim]]] = {
+    "exactly": (word({"CUDA0": 300}, {"CUDA0": 300}), []),
+    "nothing needed": (word({}, {}), []),
+    "nothing needed where nothing is left": (word({"CUDA0": 0}, {"CUDA0": -5}), []),
+    "nothing needed where nothing is known": (word({"CUDA0": 0}, {}), []),
+    "beside a claim": (word({"CUDA0": 300}, {"CUDA0": 400}), [claim(7, 70, CUDA0=100)]),
+    "beside a claim elsewhere": (word({"CUDA0": 300}, {"CUDA0": 300}), [claim(7, 70, CPU=100)]),
+    "a claim that was counted is in the room already": (
+        word({"CUDA0": 300}, {"CUDA0": 300}, (7, 70)), [claim(7, 70, CUDA0=100)],
+    ),
+}  # fmt: skip
+
+LACKS: dict[str, tuple[Word, list[Claim], list[str]]] = {
+    "too little": (word({"CUDA0": 900}, {"CUDA0": 300}), [], ["900 MiB on CUDA0, 300 MiB left"]),
+    "beside claims": (
+        word({"CUDA0": 300}, {"CUDA0": 700}), [claim(7, 70, CUDA0=300), claim(8, 80, CUDA0=200)],
+        ["300 MiB on CUDA0, 200 MiB left"],
+    ),
+    "counted was one that had this number before": (
+        word({"CUDA0": 300}, {"CUDA0": 300}, (7, 71)), [claim(7, 70, CUDA0=100)],
+        ["300 MiB on CUDA0, 200 MiB left"],
+    ),
+    "less than nothing left": (
+        word({"CUDA0": 1}, {"CUDA0": -300}), [], ["1 MiB on CUDA0, 0 MiB left"],
+    ),
+    "on two devices": (
+        word({"CUDA0": 900, "CPU": 20, "RPC0": 5}, {"CUDA0": 300, "CPU": 20, "RPC0": 4}), [],
+        ["900 MiB on CUDA0, 300 MiB left", "5 MiB on RPC0, 4 MiB left"],
+    ),
+    "nobody guesses that memory is free": (
+        word({"CUDA0": 900}, {"CPU": 3000}), [],
+        ["900 MiB on CUDA0, whose memory could not be read"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("said", "claims"), FITS.values(), ids=FITS)
+def test_a_model_starts_where_all_that_it_needs_is_left(said: Word, claims: list[Claim]) -> None:
+    assert launcher.what_lacks(said, claims) == []
+
+
+@pytest.mark.parametrize(("said", "claims", "lacks"), LACKS.values(), ids=LACKS)
+def test_what_is_missing_is_said_device_by_device(
+    said: Word, claims: list[Claim], lacks: list[str]
+) -> None:
+    assert launcher.what_lacks(said, claims) == lacks
+
+
+def test_a_lack_of_one_byte_shows_in_the_numbers() -> None:
+    """900 MiB needed where 900 MiB are left would puzzle."""
+    said = Word(US, {"CPU": 900 * MIB + 2}, {"CPU": 900 * MIB + 1}, frozenset(), "")
+    assert launcher.what_lacks(said, []) == ["901 MiB on CPU, 900 MiB left"]
+
+
+def test_the_refusal_names_what_could_be_stopped_where_anything_could() -> None:
+    lacks = ["900 MiB on CUDA0, 300 MiB left", "5 MiB on RPC0, 4 MiB left"]
+    line = "a does not fit: needs 900 MiB on CUDA0, 300 MiB left and 5 MiB on RPC0, 4 MiB left"
+    assert launcher.refusal("a", lacks, "") == line
+    assert launcher.refusal("a", lacks, "b (500 MiB)") == f"{line}; could be stopped: b (500 MiB)"
+
+
+@given(st.text(max_size=9), st.text(max_size=9), st.text(max_size=9))
+def test_the_refusal_is_printable_whatever_the_names_are(name: str, lack: str, stop: str) -> None:
+    line = launcher.refusal(name + "\x1b[31m", [lack + "\u202e\ud800"], stop + "\n")
+    assert line.isascii()
+    assert line.isprintable()
+
+
+def test_the_claims_that_make_sense_are_read() -> None:
+    good = {"pid": 7, "started": 70, "needs": {"CUDA0": 5}}
+    bad = [None, 7, [7, 70], {}, good | {"pid": 0}, good | {"pid": "7"}, good | {"started": -1},
+           good | {"needs": {"CUDA0": -5}}, good | {"needs": [5]}]  # fmt: skip
+    text = json.dumps([*bad, good]).encode()
+    assert launcher.parse_claims(text) == [Claim(7, 70, {"CUDA0": 5})]
+    assert launcher.parse_claims(text[:-1]) == launcher.parse_claims(b"{}") == []
+
+
+def test_claims_are_read_as_they_were_written_for_their_owner_alone(tmp_path: Path) -> None:
+    path, claims = tmp_path / "c", [claim(7, 70, CUDA0=5), Claim(8, 80, {"\ud800": 0})]
+    launcher.write_claims(str(path), claims)
+    assert launcher.parse_claims(path.read_bytes()) == claims
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert [found.name for found in tmp_path.iterdir()] == ["c"]
+
+
+def test_claims_that_cannot_be_written_cost_nothing_and_leave_nothing(tmp_path: Path) -> None:
+    """A full disk, or something else in their place."""
+    launcher.write_claims(str(tmp_path / "nowhere" / "c"), [])
+    (tmp_path / "c" / "x").mkdir(parents=True)
+    launcher.write_claims(str(tmp_path / "c"), [])
+    assert [found.name for found in tmp_path.iterdir()] == ["c"]
+
+
+def test_a_lock_is_had_by_one_at_a_time(tmp_path: Path) -> None:
+    path = str(tmp_path / "lock")
+    first = launcher.take_lock(path)
+    assert first is not None
+    begin = time.monotonic()
+    assert launcher.take_lock(path) is None
+    assert 1 <= time.monotonic() - begin < 10
+    os.close(first)
+    second = launcher.take_lock(path)
+    assert second is not None
+    os.close(second)
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "link", "link to nothing"])
+def test_what_is_no_file_is_no_lock_and_is_not_waited_for(tmp_path: Path, kind: str) -> None:
+    path, other = tmp_path / "lock", tmp_path / "other"
+    match kind:
+        case "folder":
+            path.mkdir()
+        case "pipe":
+            os.mkfifo(path)
+        case "link":
+            other.touch()
+            path.symlink_to(other)
+        case "link to nothing":
+            path.symlink_to(other)
+    begin = time.monotonic()
+    assert launcher.take_lock(str(path)) is None
+    assert time.monotonic() - begin < 0.5
+    assert other.exists() is (kind == "link")
+
+
+def test_a_process_lives_if_it_has_not_only_the_number() -> None:
+    assert launcher.is_alive(*US)
+    assert not launcher.is_alive(2**22 + 7, 5)
+    if sys.platform == "linux":
+        assert not launcher.is_alive(US[0], US[1] + 1)
+        assert not launcher.is_alive(US[0], 0)
+        assert not launcher.is_alive(2**22 + 7, 0)
 
 
 # --- what a server answers -----------------------------------------------------------------------
