@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import py_compile
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from http.client import HTTPConnection, HTTPResponse
 from pathlib import Path
@@ -26,6 +27,8 @@ import psutil
 import pytest
 
 from supervisor_synapse import launcher
+from supervisor_synapse.adapters import ledger as ledgers
+from supervisor_synapse.adapters.ledger import Entry, Ledger, Process
 from tests import gguf_factory
 from tests.conftest import Engine, free_port
 from tests.integration.harness import promised
@@ -144,6 +147,7 @@ def start(synapse_run: str, tmp_path: Path) -> Iterator[Start]:
         drain: float = 20,
         term: float = 0.6,
         record: Path | None = None,
+        ledger: Path | None = None,
         **options: Any,
     ) -> Run:
         number = len(runs)
@@ -152,6 +156,7 @@ def start(synapse_run: str, tmp_path: Path) -> Iterator[Start]:
         options.setdefault("process_group", 0)  # as supervisord does it
         options.setdefault("env", os.environ | {"PYTHONDONTWRITEBYTECODE": ""})
         kept = [] if record is None else ["--record", str(record)]
+        kept += [] if ledger is None else ["--ledger", str(ledger)]
         with log.open("wb") as output:
             process = subprocess.Popen(
                 [synapse_run, "--drain", str(drain), f"--term={term}", *kept, "--", *words],
@@ -1128,7 +1133,307 @@ def test_a_server_is_marked_only_where_a_record_is_kept(fake: Start, record: Pat
     assert marks == [str(record), None]
 
 
+# --- memory, by the listener's word --------------------------------------------------------------
+
+MIB = 2**20
+BIG = Entry(admitted=False, needs={"CUDA0": 900 * MIB}, could_stop="a (500 MiB), b (200 MiB)")
+FITTING = Entry(admitted=False, needs={"CUDA0": 200 * MIB})
+
+
+@dataclass(frozen=True)
+class Listener:
+    """Plays the listener, whose word stands in a file, and supervisord: models start by name."""
+
+    folder: Path
+    fake: Start
+
+    @property
+    def file(self) -> Path:
+        return self.folder / "ledger.json"
+
+    def says(self, models: dict[str, Entry], **changes: Any) -> None:
+        """300 MiB are left, and this very process says so."""
+        said = Ledger(ledgers.process_of(os.getpid()), {"CUDA0": 300 * MIB}, models=models)
+        ledgers.save(self.file, replace(said, **changes))
+
+    def starts(self, name: str, **options: Any) -> Run:
+        kept = {"record": self.folder / f"{name}.run", "ledger": self.file}
+        return self.fake(options=kept | options)
+
+    def claims(self) -> list[dict[str, Any]]:
+        claims: list[dict[str, Any]] = json.loads((self.folder / "ledger.json.claims").read_text())
+        return claims
+
+    def beside(self) -> set[str]:
+        """What the launchers have left beside the ledger."""
+        found = {path.name.removeprefix("ledger.json") for path in self.folder.iterdir()}
+        return {name for name in found if name and not name.endswith(".run")}
+
+
+@pytest.fixture
+def listener(tmp_path: Path, fake: Start) -> Listener:
+    folder = tmp_path / "run"
+    folder.mkdir(0o700)
+    return Listener(folder, fake)
+
+
+def assert_refused(run: Run) -> str:
+    """Nothing was started; the line about it."""
+    assert run.process.wait(_PATIENCE_SECONDS) == launcher.EXIT_NO_MEMORY == os.EX_UNAVAILABLE
+    _start, line = run.ours()
+    assert run.noted("started") == []
+    return line
+
+
+def test_what_does_not_fit_is_refused_with_the_numbers_and_what_could_be_stopped(
+    listener: Listener,
+) -> None:
+    listener.says({"big": BIG})
+    assert assert_refused(listener.starts("big")) == (
+        "big does not fit: needs 900 MiB on CUDA0, 300 MiB left; "
+        "could be stopped: a (500 MiB), b (200 MiB)"
+    )
+    assert listener.beside() == {".lock"}
+    assert not (listener.folder / "big.run").exists()
+
+
+def test_what_cannot_work_anyway_is_told_before_its_memory_is(listener: Listener) -> None:
+    listener.says({"big": BIG})
+    kept = {"record": listener.folder / "big.run", "ledger": listener.file}
+    run = listener.fake("--model", "/nowhere/m.gguf", options=kept)
+    assert run.process.wait(_PATIENCE_SECONDS) == launcher.EXIT_MODEL_MISSING
+
+
+@pytest.mark.parametrize("name", ["admitted", "unknown"])
+def test_what_the_listener_admitted_or_does_not_know_goes_ahead(
+    listener: Listener, name: str
+) -> None:
+    listener.says({"admitted": replace(BIG, admitted=True), "big": BIG})
+    listener.starts(name).listening()
+    assert listener.beside() == set()
+
+
+def test_what_fits_is_claimed_in_the_name_of_the_launcher(listener: Listener) -> None:
+    """By the number that supervisord has for it, so that the listener knows whom it counts."""
+    listener.says({"fitting": FITTING})
+    run = listener.starts("fitting").listening()
+    needs, started = {"CUDA0": 200 * MIB}, launcher.ticks_of(run.pid)
+    assert listener.claims() == [{"pid": run.pid, "started": started, "needs": needs}]
+    assert listener.beside() == {".lock", ".claims"}
+    assert len(run.family()) == 2
+    if sys.platform == "linux":
+        files = [os.readlink(path) for path in Path(f"/proc/{run.pid}/fd").iterdir()]
+        assert [file for file in files if file.startswith(str(listener.folder))] == []
+
+
+@_linux_only
+@pytest.mark.parametrize("kind", ["ended", "another of its number"])
+def test_the_word_of_a_listener_that_has_ended_keeps_nothing_from_starting(
+    listener: Listener, kind: str
+) -> None:
+    with subprocess.Popen(["/bin/sleep", "60"]) as process:
+        gone = ledgers.process_of(process.pid)
+        process.kill()
+    ours = ledgers.process_of(os.getpid())
+    dead = gone if kind == "ended" else Process(ours.pid, ours.started + 1)
+    listener.says({"big": BIG}, listener=dead)
+    listener.starts("big").listening()
+    assert listener.beside() == set()
+
+
+@pytest.mark.parametrize("kind", ["no file", "torn", "empty", "unreadable", "of another version"])
+def test_without_a_word_that_makes_sense_a_start_goes_ahead(listener: Listener, kind: str) -> None:
+    listener.says({"big": BIG})
+    text = listener.file.read_text()
+    match kind:
+        case "no file":
+            ledgers.remove(listener.file)
+        case "torn":
+            listener.file.write_text(text[: len(text) // 2])
+        case "empty":
+            listener.file.write_text("")
+        case "unreadable":
+            listener.file.unlink()
+            listener.file.mkdir()
+        case _:
+            listener.file.write_text(text.replace('"version":1', '"version":2'))
+    listener.starts("big").listening()
+    assert listener.beside() == set()
+
+
+def test_of_several_started_by_hand_at_once_only_as_many_start_as_fit(listener: Listener) -> None:
+    names = ["one", "two", "three"]
+    listener.says(dict.fromkeys(names, FITTING))
+    for _ in range(5):
+        runs = [listener.starts(name) for name in names]
+        eventually(lambda runs=runs: _have_settled(runs))
+        (started,) = [run for run in runs if run.process.poll() is None]
+        lines = [assert_refused(run) for run in runs if run is not started]
+        assert all(line.endswith("needs 200 MiB on CUDA0, 100 MiB left") for line in lines)
+        started.stop()
+
+
+def _have_settled(runs: list[Run]) -> bool:
+    """Each either serves or has ended."""
+    return all(run.process.poll() is not None or run.noted("listening") for run in runs)
+
+
+def test_the_claim_of_a_launcher_that_was_killed_does_not_count(listener: Listener) -> None:
+    listener.says({"one": FITTING, "two": FITTING})
+    first = listener.starts("one").listening()
+    assert_refused(listener.starts("two"))
+    first.process.kill()
+    first.process.wait(_PATIENCE_SECONDS)
+    second = listener.starts("two").listening()
+    assert [claim["pid"] for claim in listener.claims()] == [second.pid]
+
+
+def test_what_the_listener_has_counted_is_not_taken_off_twice(listener: Listener) -> None:
+    """Its room knows of that model by now."""
+    listener.says({"one": FITTING, "two": FITTING})
+    first = listener.starts("one").listening()
+    listener.says({"two": FITTING}, counted=(ledgers.process_of(first.pid),))
+    second = listener.starts("two").listening()
+    assert {claim["pid"] for claim in listener.claims()} == {first.pid, second.pid}
+
+
+def test_a_model_stopped_and_started_again_by_hand_finds_its_memory(listener: Listener) -> None:
+    listener.says({"one": FITTING})
+    for _ in range(3):
+        run = listener.starts("one").listening()
+        assert [claim["pid"] for claim in listener.claims()] == [run.pid]
+        run.stop()
+
+
+def test_whoever_does_not_let_go_of_the_lock_holds_up_a_start_for_a_second(
+    listener: Listener,
+) -> None:
+    listener.says({"big": BIG})
+    with (listener.folder / "ledger.json.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        begin = time.monotonic()
+        listener.starts("big").listening()
+        assert 1 <= time.monotonic() - begin <= promised(3)
+    assert listener.beside() == {".lock"}
+
+
+@_linux_only
+def test_the_word_that_counts_is_the_one_given_while_the_lock_was_waited_for(
+    listener: Listener,
+) -> None:
+    listener.says({"fitting": FITTING})
+    path = listener.folder / "ledger.json.lock"
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        run = listener.starts("fitting")
+        eventually(lambda: str(path) in launcher._open_files(run.pid), 0.9)
+        listener.says({"fitting": FITTING}, room={"CUDA0": 100 * MIB})
+    assert assert_refused(run).endswith("needs 200 MiB on CUDA0, 100 MiB left")
+
+
+@pytest.mark.parametrize("kind", ["link", "link to nothing", "folder", "pipe", "a second name"])
+@pytest.mark.parametrize("place", [".lock", ".claims", ".claims.new"])
+def test_nothing_put_in_the_way_is_written_to_or_holds_up_a_start(
+    listener: Listener, tmp_path: Path, place: str, kind: str
+) -> None:
+    listener.says({"fitting": FITTING})
+    other, trap = tmp_path / "other", Path(f"{listener.file}{place}")
+    match kind:
+        case "link":
+            other.write_text("not ours")
+            trap.symlink_to(other)
+        case "link to nothing":
+            trap.symlink_to(other)
+        case "folder":
+            trap.mkdir()
+        case "pipe":
+            os.mkfifo(trap)
+        case _:
+            other.write_text("not ours")
+            os.link(other, trap)
+    begin = time.monotonic()
+    listener.starts("fitting").listening()
+    assert time.monotonic() - begin <= promised(2)
+    assert other.exists() is (kind in ("link", "a second name"))
+    if other.exists():
+        assert other.read_text() == "not ours"
+
+
+def test_lock_and_claims_are_for_their_owner_alone(listener: Listener) -> None:
+    """Whatever the launcher inherits as its mask."""
+    listener.says({"fitting": FITTING})
+    listener.starts("fitting", umask=0).listening()
+    modes = {f"{path.name}": path.stat().st_mode & 0o777 for path in listener.folder.iterdir()
+             if path.name.startswith("ledger")}  # fmt: skip
+    assert modes == dict.fromkeys(
+        ["ledger.json", "ledger.json.lock", "ledger.json.claims"], 0o600
+    )  # fmt: skip
+
+
+def test_claims_that_are_torn_or_hostile_are_begun_anew(listener: Listener) -> None:
+    listener.says({"fitting": FITTING})
+    claims = listener.folder / "ledger.json.claims"
+    needs = {"CUDA0": -(2**40)}  # would make room
+    alive = ledgers.process_of(os.getpid())
+    hostile = json.dumps([{"pid": alive.pid, "started": alive.started, "needs": needs}, 7])
+    for text in ("[{", "{}", "[" * 100_000, hostile):
+        claims.write_text(text)
+        run = listener.starts("fitting").listening()
+        assert [claim["pid"] for claim in listener.claims()] == [run.pid]
+        run.stop()
+
+
+def test_no_control_character_of_the_ledger_gets_into_the_log(listener: Listener) -> None:
+    evil = "\x1b[2J\r\n\u202e\x00"
+    entry = Entry(admitted=False, needs={f"CUDA0{evil}": 900 * MIB}, could_stop=f"a{evil}")
+    listener.says({f"b{evil[:-1]}": entry}, room={f"CUDA0{evil}": 300 * MIB})
+    run = listener.starts(f"b{evil[:-1]}")
+    assert assert_refused(run) == (
+        "b?[2J??? does not fit: needs 900 MiB on CUDA0?[2J????, 300 MiB left; "
+        "could be stopped: a?[2J????"
+    )
+    text = run.log.read_text("ascii")
+    assert text.replace("\n", "").isprintable()
+
+
 # --- what it costs -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def full_ledger(listener: Listener) -> Listener:
+    """Of 200 models on 8 devices, and as many launchers counted."""
+    room = {f"CUDA{number}": 10**12 for number in range(8)}
+    stop = "some-model (500 MiB), some-other-model (1200 MiB)"
+    entry = Entry(admitted=False, needs=dict.fromkeys(room, 10**9), could_stop=stop)
+    models = {f"a-model-of-the-fleet-{number}": entry for number in range(199)}
+    counted = tuple(Process(number, 10**6) for number in range(1, 200))
+    listener.says(models | {"fitting": entry}, room=room, counted=counted)
+    return listener
+
+
+@_linux_only
+def test_a_launcher_that_asked_a_large_ledger_is_small(full_ledger: Listener) -> None:
+    run = full_ledger.starts("fitting").listening()
+    mebibytes = psutil.Process(run.pid).memory_info().rss / 2**20
+    size = full_ledger.file.stat().st_size / 2**10
+    print(f"launcher: {mebibytes:.1f} MiB after a ledger of {size:.0f} KiB")
+    assert mebibytes <= 15
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="date(1) tells no nanoseconds elsewhere")
+def test_a_ledger_costs_a_start_only_a_few_milliseconds(
+    synapse_run: str, full_ledger: Listener, record: Path
+) -> None:
+    """Read twice, of 200 models, with the claim written; side by side with a start without."""
+    bare, without, asked = [], [], []
+    fitting = ["--record", str(full_ledger.folder / "fitting.run"), "--ledger"]
+    for _ in range(15):
+        bare.append(_seconds_until_run(synapse_run, *fitting[:2], "--"))
+        without.append(_seconds_until_run(synapse_run, *fitting, str(record), "--"))
+        asked.append(_seconds_until_run(synapse_run, *fitting, str(full_ledger.file), "--"))
+    added = [1000 * (statistics.median(x) - statistics.median(bare)) for x in (without, asked)]
+    print(f"a ledger adds {added[1]:.1f} ms to a start, {added[0]:.1f} ms where there is none")
+    assert max(added) < 50
 
 
 @_linux_only
