@@ -378,8 +378,18 @@ def _program_json(program: Program) -> dict[str, Any]:
         "context": program.context,
         "parallel": program.parallel,
         "device": program.device,
-        "memory": {"estimated": program.estimate_bytes, "source": program.estimate_source},
+        "memory": _memory_json(program),
+        "rung": program.rung,
+        "ladder": [variant.label for variant in program.ladder],
         "arguments": list(program.arguments),
+    }
+
+
+def _memory_json(program: Program) -> dict[str, Any]:
+    return {
+        "estimated": program.estimate_bytes,
+        "source": program.estimate_source,
+        "devices": {part.device: part.total_bytes for part in program.estimate.parts},
     }
 
 

@@ -40,6 +40,8 @@ _SIZE_UNITS = {"": 1, "b": 1, "kib": 1024, "mib": 1024**2, "gib": 1024**3, "tib"
                "kb": 1000, "mb": 1000**2, "gb": 1000**3, "tb": 1000**4}  # fmt: skip
 _COUNT_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 _ARGUMENT = re.compile(r"[A-Za-z0-9_@%+=:,./\[\]{}\"*^|-]{1,1000}")
+_ENDPOINT = re.compile(r"([A-Za-z0-9](?:[A-Za-z0-9.-]{0,251}[A-Za-z0-9])?):([0-9]{1,5})")
+_MOST_ENDPOINTS = 16  # GGML_RPC_MAX_SERVERS
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 _MOST_BROKEN_LINES = 100
 _LARGEST_BYTES = 1024 * 1024
@@ -57,6 +59,7 @@ _OWNED_ARGUMENTS = {
         ("-np --parallel", "set parallel here"),
         ("-ngl --gpu-layers --n-gpu-layers", "set gpu_layers here"),
         ("-dev --device", "set device here"),
+        ("--rpc", "set rpc in [synapse]"),
         ("--sleep-idle-seconds", "set sleep_idle_seconds here"),
         ("--api-key", _KEYS_SHOW + "use --api-key-file"),
         ("-hft --hf-token", _KEYS_SHOW + "set HF_TOKEN where supervisord is started"),
@@ -125,6 +128,23 @@ def _parse_folders(text: str) -> tuple[str, ...]:
     return tuple(expanded)
 
 
+def _parse_endpoints(text: str) -> tuple[str, ...]:
+    """`host:port`, separated by commas or one a line; each once, since each becomes a device."""
+    found: list[str] = []
+    for part in (part.strip() for part in re.split(r"[,\n]", text)):
+        match = _ENDPOINT.fullmatch(part)
+        if part and (match is None or not 1 <= int(match[2]) <= 65535):
+            raise ValueError(
+                f"{part[:_LONGEST_QUOTED]!a} is not an address such as 192.168.1.20:50052: a name "
+                "or an IPv4 address, and a port within 1-65535"
+            )
+        if match is not None:
+            found.append(f"{match[1]}:{int(match[2])}")
+    if len(set(found)) < len(found) or len(found) > _MOST_ENDPOINTS:
+        raise ValueError(f"must name each device once, and at most {_MOST_ENDPOINTS}")
+    return tuple(found)
+
+
 def _parse_arguments(text: str) -> tuple[str, ...]:
     """Words as a shell would split them; each within the allow-list of rendered tokens."""
     try:
@@ -183,6 +203,7 @@ class _Synapse(_Section):
     cache_dirs: Annotated[tuple[str, ...], _from_text(_parse_folders)] = ()
     model_dirs: Annotated[tuple[str, ...], _from_text(_parse_folders)] = ()
     engine: Annotated[str, Field(pattern=r"^(auto|[/~].*)$")] = "auto"
+    rpc: Annotated[tuple[str, ...], _from_text(_parse_endpoints)] = ()
     port_range: Annotated[tuple[int, int], _from_text(_parse_port_range)] = (8100, 8199)
     host: Annotated[str, _from_text(_parse_host)] = "127.0.0.1"
     enable: Enable = Enable.FIT
@@ -449,7 +470,8 @@ def _settings(
     first_port, last_port = synapse.port_range
     return Settings(
         cache_dirs=synapse.cache_dirs, model_dirs=synapse.model_dirs, engine=synapse.engine,
-        first_port=first_port, last_port=last_port, host=synapse.host, enable=synapse.enable,
+        rpc=synapse.rpc, first_port=first_port, last_port=last_port, host=synapse.host,
+        enable=synapse.enable,
         max_parallel=synapse.max_parallel, memory_reserve=synapse.memory_reserve,
         when_full=synapse.when_full, probe=ProbePolicy(**fixed["probe"].model_dump()),
         restart=RestartPolicy(**fixed["restart"].model_dump()),

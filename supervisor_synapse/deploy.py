@@ -23,10 +23,8 @@ from supervisor_synapse.adapters import (
 from supervisor_synapse.adapters.deployment import Deployment
 from supervisor_synapse.adapters.registry import Registry
 from supervisor_synapse.adapters.supervisord import Supervisord
+from supervisor_synapse.core.changes import Changes
 from supervisor_synapse.core.model import UNDER_WAY, ProcessState
-from supervisor_synapse.core.plan import (
-    Changes,
-)
 from supervisor_synapse.core.settings import Settings
 from supervisor_synapse.discovery import Change, digest
 from supervisor_synapse.errors import ApplyError, ConfigError, ShuttingDown
@@ -102,6 +100,17 @@ def move_port(deployment: Deployment, name: str) -> None:
     """
     moved = discovery.with_another_port(deployment, name)
     apply(deployment, moved, Supervisord(deployment.socket), lambda line: None)
+
+
+def set_rung(deployment: Deployment, name: str, rung: int) -> None:
+    """Serve one program, which does not run, as another rung of its ladder says.
+
+    Raises:
+        ConfigError: there is no such rung, or its block was edited by hand.
+        ApplyError, TransientError: it could not be carried out.
+    """
+    stepped = discovery.with_another_rung(deployment, name, rung)
+    apply(deployment, stepped, Supervisord(deployment.socket), lambda line: None)
 
 
 def _parse_back(deployment: Deployment, found: Change, written: list[render.Block]) -> None:

@@ -9,8 +9,9 @@ import contextlib
 import hashlib
 import os
 import re
+import shlex
 import socket
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -33,24 +34,27 @@ from supervisor_synapse.adapters.gpu import cpu
 from supervisor_synapse.adapters.header_cache import HeaderCache
 from supervisor_synapse.adapters.registry import Entry, Registry
 from supervisor_synapse.adapters.supervisord import Supervisord
+from supervisor_synapse.core.candidates import repo_file
 from supervisor_synapse.core.catalog import Model, build_catalog, printable
-from supervisor_synapse.core.model import Device, Engine, Problem, Program
+from supervisor_synapse.core.changes import Changes, Deployed, compare
+from supervisor_synapse.core.estimate import HOST
+from supervisor_synapse.core.model import Device, Engine, Part, Problem, Program, Variant
+from supervisor_synapse.core.placement import Known, nothing_known
 from supervisor_synapse.core.plan import (
-    Changes,
     Choice,
-    Deployed,
     Plan,
     World,
-    compare,
     make_plan,
-    repo_file,
+    on_rung,
     unmatched_sections,
     with_port,
+    with_rung,
 )
 from supervisor_synapse.core.settings import Settings
 from supervisor_synapse.errors import ConfigError, ShuttingDown, TransientError
 
 _LONGEST_REASON = 400
+_FILE_OPTIONS = frozenset({"-m", "--model", "-mm", "--mmproj"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,10 +86,12 @@ def discover(
     forced: Iterable[str] = (),
     *,
     demo: bool = False,
+    known: Known = nothing_known,
 ) -> Discovery:
     """Look at everything; change nothing but caches.
 
     `demo`: serve the generated model although there are others; remembered until it is gone.
+    `known`: what was learned of a model's files and arguments, or asked of the engine.
 
     Raises:
         ConfigError: settings, engine, templates or permissions must be mended first.
@@ -96,7 +102,10 @@ def discover(
     running = _running(rpc, earlier)
     found = hfcache.scan(settings.cache_dirs, settings.model_dirs, HeaderCache(deployment.headers))
     catalog = build_catalog(found.files, earlier.names())
-    devices = _devices(engine, running)
+    devices = _devices(engine, settings, running)
+    on_disk = _blocks(deployment)
+    deployed = _deployed(on_disk, earlier)
+    forced = frozenset(forced)
     forgotten = _forgotten(deployment, catalog.models, earlier)
     ours = {program.port for program in running}
     if rpc is not None:
@@ -104,13 +113,14 @@ def discover(
     world = World(
         devices=devices, engine=engine, earlier=earlier.choices() | forgotten,
         port_is_free=_port_check(settings.host, ours), intent=intent.load(deployment.intent),
+        known=known, edited=_edited(on_disk, deployed, earlier, forced),
     )  # fmt: skip
     demo = (demo or earlier.demo) and any(one.repo == demo_model.REPO for one in catalog.models)
     models = catalog.models if demo else _without_demo(catalog.models)
     plan, links = _reachable(make_plan(models, settings, world), deployment, earlier.paths())
     looked = (*found.problems, *catalog.problems)
     sight = _Sight(found.unread, looked)
-    meant = _meant(deployment, settings, engine, earlier, plan, sight, forced)
+    meant = _meant(deployment, settings, engine, earlier, plan, sight, deployed, forced)
     problems = [
         *_lost_registry(deployment), *_missing_cache(settings, models), *looked, *plan.problems,
         *meant.problems, *unmatched_sections(settings, (*catalog.models, *meant.plan.programs)),
@@ -118,7 +128,8 @@ def discover(
     after = _registered(earlier, meant.plan, meant.blocks, meant.changes, settings)
     kept_devices = tuple(replace(device, free_bytes=0) for device in devices)
     return Discovery(
-        plan=meant.plan, blocks=meant.blocks, links=links, changes=meant.changes,
+        plan=meant.plan, blocks=meant.blocks, changes=meant.changes,
+        links={**_links_kept(deployment, meant.plan, plan), **links},
         problems=tuple(problems), engine=engine, devices=devices,
         registry=replace(after, demo=demo, devices=kept_devices),
         switched_on=_switched(earlier, meant.plan, on=True),
@@ -151,13 +162,13 @@ def _meant(
     earlier: Registry,
     plan: Plan,
     sight: _Sight,
+    deployed: Mapping[str, Deployed],
     forced: Iterable[str],
 ) -> _Meant:
     """Compare what is planned with what is deployed; what is in doubt stays as it is."""
     around = _surroundings(deployment, settings, engine.path)
     templates = render.Templates(deployment.templates)
     blocks, refused = _render(templates, plan.programs, around, earlier.digests())
-    deployed = _deployed(deployment, earlier)
     none_found = not plan.programs
     plan = _without_refused(plan, blocks, deployed, earlier)
     unseen = _out_of_sight(plan, sight, deployed, earlier, deployment.links)
@@ -198,18 +209,25 @@ def _running(rpc: Supervisord | None, earlier: Registry) -> tuple[Program, ...]:
     return tuple(program for program in earlier.programs if program.name in up)
 
 
-def _devices(engine: Engine, running: tuple[Program, ...]) -> tuple[Device, ...]:
+def _devices(
+    engine: Engine, settings: Settings, running: tuple[Program, ...]
+) -> tuple[Device, ...]:
     """All devices, with what our own running models hold counted as free: it is theirs to keep."""
     held: dict[str, int] = {}
-    for program in running:
-        held[program.device] = held.get(program.device, 0) + program.estimate_bytes
+    for part in (part for program in running for part in program.estimate.parts):
+        held[part.device] = held.get(part.device, 0) + _held_bytes(part)
     return tuple(
         replace(
             device,
             free_bytes=min(device.free_bytes + held.get(device.name, 0), device.total_bytes),
         )
-        for device in (*engines.devices(engine), cpu.read())
+        for device in (*engines.devices(engine, settings.rpc), cpu.read())
     )
+
+
+def _held_bytes(part: Part) -> int:
+    """How much less is free by it: weights on the host are pages of a file, which stay free."""
+    return part.total_bytes - (part.weights_bytes if part.device == HOST else 0)
 
 
 def _port_check(host: str, ours: set[int]) -> Callable[[int], bool]:
@@ -242,38 +260,73 @@ def _reachable(
 ) -> tuple[Plan, dict[Path, str]]:
     """The plan with paths that may stand in a block, and the links that this takes."""
     links: dict[Path, str] = {}
-    programs = []
+    found: dict[str, tuple[str, str | None]] = {}
     for program in plan.programs:
-        model_path = _model_path(program, deployment.links, earlier.get(program.key), links)
-        projector = program.projector_path
-        if projector is not None and not render.is_safe_path(projector):
-            link = deployment.links / program.name / "mmproj.gguf"
-            links[link] = projector
-            projector = str(link)
-        programs.append(replace(program, model_path=model_path, projector_path=projector))
-    return replace(plan, programs=tuple(programs)), links
+        own = program.ladder[0] if program.ladder else program
+        found[program.key] = (
+            _model_path(program.name, own, deployment.links, earlier.get(program.key), links),
+            _projector_path(program.name, own, deployment.links, links),
+        )
+    programs = tuple(_at(program, found) for program in plan.programs)
+    return replace(plan, programs=programs), links
 
 
-def _model_path(program: Program, folder: Path, earlier: str | None, links: dict[Path, str]) -> str:
+def _at(program: Program, paths: Mapping[str, tuple[str, str | None]]) -> Program:
+    """The program, on every rung, with files where `paths` says, by model key."""
+    model_path, projector = paths[program.key]
+    ladder = []
+    for variant in program.ladder:
+        its_path, its_projector = paths[variant.key]
+        ladder.append(replace(variant, model_path=its_path, projector_path=its_projector))
+    program = replace(
+        program, model_path=model_path, projector_path=projector, ladder=tuple(ladder)
+    )
+    return with_rung(program, program.rung) if program.rung else program
+
+
+def _projector_path(
+    name: str, served: Program | Variant, folder: Path, links: dict[Path, str]
+) -> str | None:
+    projector = served.projector_path
+    if projector is None or render.is_safe_path(projector):
+        return projector
+    link = folder / name / "mmproj.gguf"
+    links[link] = projector
+    return str(link)
+
+
+def _model_path(
+    name: str, served: Program | Variant, folder: Path, earlier: str | None, links: dict[Path, str]
+) -> str:
     """The path to serve; the shards of a model must lie beside each other under their names."""
-    if earlier is not None and earlier != program.model_path and not program.shards:
+    path, shards = served.model_path, served.shards
+    if earlier is not None and earlier != path and not shards:
         # The same blob under a new revision is no reason to restart.
         with contextlib.suppress(OSError):
-            if os.path.samefile(earlier, program.model_path):
+            if os.path.samefile(earlier, path):
                 if Path(earlier).is_relative_to(folder):
-                    links[Path(earlier)] = program.model_path
+                    links[Path(earlier)] = path
                 return earlier
-    if all(render.is_safe_path(path) for path in (program.model_path, *program.shards)):
-        return program.model_path
-    if not program.shards:
-        link = folder / f"{program.name}.gguf"
-        links[link] = program.model_path
+    if all(render.is_safe_path(one) for one in (path, *shards)):
+        return path
+    if not shards:
+        link = folder / f"{name}.gguf"
+        links[link] = path
         return str(link)
-    count = len(program.shards)
-    names = [f"{program.name}-{i:05}-of-{count:05}.gguf" for i in range(1, count + 1)]
-    for name, shard in zip(names, program.shards, strict=True):
-        links[folder / program.name / name] = shard
-    return str(folder / program.name / names[0])
+    names = [f"{name}-{i:05}-of-{len(shards):05}.gguf" for i in range(1, len(shards) + 1)]
+    for shard_name, shard in zip(names, shards, strict=True):
+        links[folder / name / shard_name] = shard
+    return str(folder / name / names[0])
+
+
+def _links_kept(deployment: Deployment, meant: Plan, found: Plan) -> dict[Path, str]:
+    """The links of programs that stay as they were, since their files could not be looked at."""
+    names = {one.name for one in meant.programs if one.key not in found.choices}
+    return {
+        path: target
+        for path, target in (_links(deployment).items() if names else ())
+        if path.stem in names or path.parent.name in names
+    }
 
 
 def _surroundings(deployment: Deployment, settings: Settings, engine: str) -> render.Surroundings:
@@ -406,14 +459,49 @@ def _digests(blocks: Mapping[str, render.Block]) -> dict[str, str]:
     return {name: digest(block.text) for name, block in blocks.items()}
 
 
-def _deployed(deployment: Deployment, earlier: Registry) -> dict[str, Deployed]:
+def _blocks(deployment: Deployment) -> dict[str, bytes]:
     """The blocks on disk, by the name of their file."""
+    return {path.stem: _block_bytes(path) for path in sorted(deployment.blocks.glob("*.conf"))}
+
+
+def _deployed(blocks: Mapping[str, bytes], earlier: Registry) -> dict[str, Deployed]:
     written = earlier.digests()
+    return {
+        name: Deployed(hashlib.sha256(text).hexdigest(), written.get(name, ()))
+        for name, text in blocks.items()
+    }
+
+
+def _edited(
+    blocks: Mapping[str, bytes],
+    deployed: Mapping[str, Deployed],
+    earlier: Registry,
+    forced: Container[str],
+) -> dict[str, tuple[str, ...]]:
+    """What blocks that were edited by hand, and stay so, tell the server, by model key."""
     found = {}
-    for path in sorted(deployment.blocks.glob("*.conf")):
-        digest = hashlib.sha256(_block_bytes(path)).hexdigest()
-        found[path.stem] = Deployed(digest, written.get(path.stem, ()))
+    for key, entry in earlier.entries.items():
+        block = deployed.get(entry.name)
+        if block is None or block.is_ours or not block.written or entry.name in forced:
+            continue
+        arguments = _arguments_in(blocks[entry.name].decode("utf-8", "replace"))
+        if arguments is not None:
+            found[key] = arguments
     return found
+
+
+def _arguments_in(block: str) -> tuple[str, ...] | None:
+    """What the command of a block tells llama-server, beside the files; None: it runs no such."""
+    command = re.search(r"^command\s*=\s*(.*?)(\s;.*)?$", block, re.MULTILINE)
+    try:
+        words = shlex.split(command[1].replace("%%", "%")) if command else []
+    except ValueError:
+        return None
+    if "--" not in words:
+        return None
+    words = words[words.index("--") + 2 :]
+    files = {at + step for at, word in enumerate(words) if word in _FILE_OPTIONS for step in (0, 1)}
+    return tuple(word for at, word in enumerate(words) if at not in files)
 
 
 def _block_bytes(path: Path) -> bytes:
@@ -556,27 +644,67 @@ def with_another_port(deployment: Deployment, name: str) -> Change:
         ConfigError: its port is not ours to choose, or there is none left.
     """
     earlier = registry.load(deployment.registry)
-    settings = earlier.settings
+    program = _program_called(name, earlier)
+    if earlier.settings.for_model(name, repo_file(program)).port is not None:
+        raise ConfigError(f"{name}: port {program.port} is set in synapse.conf, and is taken")
+    moved = with_port(program, _free_port(earlier))
+    choice = replace(earlier.entries[program.key].choice, port=moved.port)
+    return _with_one_changed(deployment, earlier, moved, choice, "choose another port there")
+
+
+def with_another_rung(deployment: Deployment, name: str, rung: int) -> Change:
+    """What was applied, but for one program another rung of its ladder.
+
+    Raises:
+        ConfigError: there is no such rung, or its block was edited by hand.
+    """
+    earlier = registry.load(deployment.registry)
+    program = _program_called(name, earlier)
+    if not 0 <= rung < len(program.ladder):
+        raise ConfigError(f"{name}: its ladder has {len(program.ladder)} rungs, and no {rung}")
+    stepped = with_rung(program, rung)
+    choice = on_rung(earlier.entries[program.key].choice, stepped)
+    return _with_one_changed(deployment, earlier, stepped, choice, "give it less to hold there")
+
+
+def _program_called(name: str, earlier: Registry) -> Program:
     program = next((program for program in earlier.programs if program.name == name), None)
     if program is None:
         raise ConfigError(f"{name}: there is no such model")
-    if settings.for_model(name, repo_file(program)).port is not None:
-        raise ConfigError(f"{name}: port {program.port} is set in synapse.conf, and is taken")
-    moved = with_port(program, _free_port(earlier))
+    return program
+
+
+def _with_one_changed(
+    deployment: Deployment, earlier: Registry, program: Program, choice: Choice, advice: str
+) -> Change:
+    """What was applied, but for one program.
+
+    Raises:
+        ConfigError: its block is not ours to change; `advice` tells what to do about that.
+    """
+    name, settings = program.name, earlier.settings
     around = _surroundings(deployment, settings, engines.locate(settings.engine))
-    block = render.render_program(render.Templates(deployment.templates), moved, around)
-    changes = compare({name: digest(block.text)}, _only(name, _deployed(deployment, earlier)))
-    if not changes.changed:
-        raise ConfigError(f"{name}: its block was edited by hand: choose another port there")
-    programs = tuple(moved if one.name == name else one for one in earlier.programs)
+    block = render.render_program(render.Templates(deployment.templates), program, around)
+    deployed = _deployed(_blocks(deployment), earlier)
+    changes = compare({name: digest(block.text)}, _only(name, deployed))
+    if not (changes.changed or changes.unchanged):
+        raise ConfigError(f"{name}: its block was edited by hand: {advice}")
+    programs = tuple(program if one.name == name else one for one in earlier.programs)
     entry = earlier.entries[program.key]
     entry = replace(
-        entry, choice=replace(entry.choice, port=moved.port),
-        digests=registry.with_digest(entry.digests, digest(block.text)),
-    )  # fmt: skip
+        entry, choice=choice, digests=registry.with_digest(entry.digests, digest(block.text))
+    )
     entries = {**earlier.entries, program.key: entry}
-    after = replace(earlier, entries=entries, programs=programs, generation=earlier.generation + 1)
-    return Change(blocks={name: block}, links={}, changes=changes, registry=after)
+    generation = earlier.generation + (1 if changes else 0)
+    after = replace(earlier, entries=entries, programs=programs, generation=generation)
+    links = _links(deployment)
+    return Change(blocks={name: block}, links=links, changes=changes, registry=after)
+
+
+def _links(deployment: Deployment) -> dict[Path, str]:
+    """The links as they are: other rungs of a ladder than the deployed one need theirs, too."""
+    found = (*deployment.links.glob("*"), *deployment.links.glob("*/*"))
+    return {path: os.readlink(path) for path in found if path.is_symlink()}
 
 
 def _only(name: str, deployed: Mapping[str, Deployed]) -> dict[str, Deployed]:

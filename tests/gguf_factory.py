@@ -23,8 +23,10 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-_Tensors = dict[str, NDArray[np.float32]]
-Value = bool | int | float | str | Sequence[Any] | None
+from tests import gguf_architectures
+from tests.gguf_architectures import Random, Shape, Value, ones, zeros
+
+_Tensors = gguf_architectures.Tensors
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}[{{ message.role }}] {{ message.content }}\n{% endfor %}"
@@ -34,8 +36,11 @@ PROJECTOR_TYPES = {"vision": "gemma3", "audio": "ultravox"}
 
 _CONSTANT = 8.0  # dimension 0 of every embedding, before the norm
 _AVERSION = 6.0  # weight of that dimension against byte and control tokens
-_SPREAD = 0.05  # standard deviation of the other weights
-_KEPT_F32 = ("token_types.weight", "position_embd.weight")  # matrices that the engine adds as F32
+# Matrices that the engine computes with as F32.
+_KEPT_F32 = (
+    "token_types.weight", "position_embd.weight", "ssm_conv1d.weight", "ssm_a", "ssm_d",
+    "ssm_norm.weight", "shortconv.conv.weight", ".bias",
+)  # fmt: skip
 _TEXT = (
     "the a one this that each every some small large quiet bright green blue old new early late "
     "river road house garden window table paper stone tree bird boat lamp letter market harbour "
@@ -92,7 +97,7 @@ def write_gguf(
         )
     wanted = gguf.GGMLQuantizationType[tensor_type]
     for name, array in tensors.items():
-        if array.ndim > 1 and array.dtype == np.float32 and name not in _KEPT_F32:
+        if array.ndim > 1 and array.dtype == np.float32 and not name.endswith(_KEPT_F32):
             writer.add_tensor(name, gguf.quants.quantize(array, wanted), raw_dtype=wanted)
         else:
             writer.add_tensor(name, array)
@@ -179,44 +184,10 @@ def _wordpiece(count: int) -> _Vocabulary:
 # --- models --------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Shape:
-    layers: int
-    embedding: int
-    heads: int
-    heads_kv: int
-    feed_forward: int
-    experts: int
-
-    @property
-    def head(self) -> int:
-        return self.embedding // self.heads
-
-    @property
-    def kv(self) -> int:
-        return self.head * self.heads_kv
-
-
-class _Random:
-    """Seeded weights. Small, so that dimension 0 of the hidden state stays what it is."""
-
-    def __init__(self, seed: int) -> None:
-        self._generator = np.random.default_rng(seed)
-
-    def matrix(self, *shape: int) -> NDArray[np.float32]:
-        return self._generator.standard_normal(shape, dtype=np.float32) * np.float32(_SPREAD)
-
-
-def _ones(size: int) -> NDArray[np.float32]:
-    return np.ones(size, dtype=np.float32)
-
-
-def _zeros(size: int) -> NDArray[np.float32]:
-    return np.zeros(size, dtype=np.float32)
-
-
-def _decoder(architecture: str, shape: _Shape, vocabulary: _Vocabulary, seed: int) -> _Tensors:
-    random = _Random(seed)
+def _decoder(
+    architecture: str, shape: Shape, vocabulary: _Vocabulary, seed: int | None, *, tied: bool
+) -> _Tensors:
+    random = Random(seed)
     embedding = random.matrix(vocabulary.size, shape.embedding) * 20  # words differ by about 1
     embedding[:, 0] = _CONSTANT
     output = random.matrix(vocabulary.size, shape.embedding) * 20
@@ -224,47 +195,10 @@ def _decoder(architecture: str, shape: _Shape, vocabulary: _Vocabulary, seed: in
     output[: vocabulary.averted, 0] = -_AVERSION
     tensors: _Tensors = {"token_embd.weight": embedding}
     for layer in range(shape.layers):
-        block = _attention(architecture, shape, random) | _feed_forward(shape, random)
+        block = gguf_architectures.block(architecture, shape, random, layer)
         tensors |= {f"blk.{layer}.{name}": array for name, array in block.items()}
-    return tensors | {"output_norm.weight": _ones(shape.embedding), "output.weight": output}
-
-
-def _attention(architecture: str, shape: _Shape, random: _Random) -> _Tensors:
-    width = shape.embedding
-    tensors: _Tensors = {
-        "attn_norm.weight": _ones(width),
-        "attn_q.weight": random.matrix(width, width),
-        "attn_k.weight": random.matrix(shape.kv, width),
-        "attn_v.weight": random.matrix(shape.kv, width),
-        "attn_output.weight": random.matrix(width, width),
-    }
-    if architecture == "qwen2":
-        tensors |= {"attn_q.bias": _zeros(width), "attn_k.bias": _zeros(shape.kv)}
-        tensors |= {"attn_v.bias": _zeros(shape.kv)}
-    if architecture in ("qwen3", "qwen3moe", "gemma3"):
-        tensors |= {"attn_q_norm.weight": _ones(shape.head)}
-        tensors |= {"attn_k_norm.weight": _ones(shape.head)}
-    if architecture == "gemma3":
-        tensors |= {"post_attention_norm.weight": _ones(width)}
-        tensors |= {"post_ffw_norm.weight": _ones(width)}
-    return tensors
-
-
-def _feed_forward(shape: _Shape, random: _Random) -> _Tensors:
-    width, inner = shape.embedding, shape.feed_forward
-    tensors: _Tensors = {"ffn_norm.weight": _ones(width)}
-    if not shape.experts:
-        return tensors | {
-            "ffn_gate.weight": random.matrix(inner, width),
-            "ffn_up.weight": random.matrix(inner, width),
-            "ffn_down.weight": random.matrix(width, inner),
-        }
-    return tensors | {
-        "ffn_gate_inp.weight": random.matrix(shape.experts, width),
-        "ffn_gate_exps.weight": random.matrix(shape.experts, inner, width),
-        "ffn_up_exps.weight": random.matrix(shape.experts, inner, width),
-        "ffn_down_exps.weight": random.matrix(shape.experts, width, inner),
-    }
+    tensors |= {gguf_architectures.final_norm(architecture): ones(shape.embedding)}
+    return tensors if tied else tensors | {"output.weight": output}
 
 
 def _model(
@@ -274,36 +208,35 @@ def _model(
     embedding: int = 64,
     heads: int = 4,
     heads_kv: int = 2,
+    head: int | None = None,
     feed_forward: int | None = None,
     context: int = 512,
     vocabulary: int = 96,
     experts: int = 0,
     experts_used: int = 2,
+    expert_feed_forward: int | None = None,
     sliding_window: int = 0,
+    tied: bool = False,
     file_type: str = "F16",
     name: str | None = None,
-    seed: int = 0,
+    seed: int | None = 0,
     chat_template: str | None = CHAT_TEMPLATE,
+    shape: Mapping[str, Any] | None = None,
     extra: Mapping[str, Value] | None = None,
 ) -> tuple[dict[str, Value], _Tensors]:
-    shape = _Shape(layers, embedding, heads, heads_kv, feed_forward or embedding // 2, experts)
+    inner = feed_forward or embedding // 2
+    made = Shape(
+        layers, embedding, heads, heads_kv, head or embedding // heads, inner, experts,
+        experts_used, expert_feed_forward or inner, sliding_window=sliding_window,
+        **(shape or {}),
+    )  # fmt: skip
+    made = gguf_architectures.fitted(architecture, made)
     pieces = _sentencepiece(vocabulary)
-    own: dict[str, Value] = {
+    own = {
         "context_length": context,
-        "embedding_length": embedding,
-        "block_count": layers,
-        "feed_forward_length": shape.feed_forward,
-        "attention.head_count": heads,
-        "attention.head_count_kv": heads_kv,
-        "attention.layer_norm_rms_epsilon": 1e-5,
-        "attention.sliding_window": sliding_window or None,
-        "expert_count": experts or None,
-        "expert_used_count": experts_used if experts else None,
-        "expert_feed_forward_length": shape.feed_forward if experts else None,
         "vocab_size": pieces.size,
+        **gguf_architectures.keys(architecture, made),
     }
-    if architecture in ("qwen3", "qwen3moe", "gemma3"):
-        own |= {"attention.key_length": shape.head, "attention.value_length": shape.head}
     keys: dict[str, Value] = {
         "general.type": "model",
         "general.name": name,
@@ -312,7 +245,8 @@ def _model(
         **pieces.keys,
         "tokenizer.chat_template": chat_template,
     }
-    return keys | dict(extra or {}), _decoder(architecture, shape, pieces, seed)
+    tensors = _decoder(architecture, made, pieces, seed, tied=tied)
+    return keys | dict(extra or {}), tensors
 
 
 def write_model(path: Path, *, tensor_type: str = "F16", **options: Any) -> Path:
@@ -357,10 +291,17 @@ def write_split(
 
 
 def _bert(
-    layers: int, embedding: int, heads: int, context: int, pooling: gguf.PoolingType, seed: int
+    layers: int,
+    embedding: int,
+    heads: int,
+    context: int,
+    pooling: gguf.PoolingType,
+    seed: int | None,
+    feed_forward: int | None = None,
+    vocabulary: int = len(_WORDS),
 ) -> tuple[dict[str, Value], _Tensors]:
-    random, inner = _Random(seed), 2 * embedding
-    pieces = _wordpiece(len(_WORDS))
+    random, inner = Random(seed), feed_forward or 2 * embedding
+    pieces = _wordpiece(vocabulary)
     keys: dict[str, Value] = {
         "general.type": "model",
         "general.file_type": _file_type("F16"),
@@ -378,19 +319,19 @@ def _bert(
         "token_embd.weight": random.matrix(pieces.size, embedding),
         "position_embd.weight": random.matrix(context, embedding),
         "token_types.weight": random.matrix(2, embedding),
-        "token_embd_norm.weight": _ones(embedding),
-        "token_embd_norm.bias": _zeros(embedding),
+        "token_embd_norm.weight": ones(embedding),
+        "token_embd_norm.bias": zeros(embedding),
     }
     for layer in range(layers):
         block: _Tensors = {}
         for part in ("attn_q", "attn_k", "attn_v", "attn_output"):
             block |= {f"{part}.weight": random.matrix(embedding, embedding)}
-            block |= {f"{part}.bias": _zeros(embedding)}
-        block |= {"ffn_up.weight": random.matrix(inner, embedding), "ffn_up.bias": _zeros(inner)}
+            block |= {f"{part}.bias": zeros(embedding)}
+        block |= {"ffn_up.weight": random.matrix(inner, embedding), "ffn_up.bias": zeros(inner)}
         block |= {"ffn_down.weight": random.matrix(embedding, inner)}
-        block |= {"ffn_down.bias": _zeros(embedding)}
+        block |= {"ffn_down.bias": zeros(embedding)}
         for norm in ("attn_output_norm", "layer_output_norm"):
-            block |= {f"{norm}.weight": _ones(embedding), f"{norm}.bias": _zeros(embedding)}
+            block |= {f"{norm}.weight": ones(embedding), f"{norm}.bias": zeros(embedding)}
         tensors |= {f"blk.{layer}.{name}": array for name, array in block.items()}
     return keys, tensors
 
@@ -403,12 +344,16 @@ def write_embedding(
     heads: int = 4,
     context: int = 128,
     pooling: gguf.PoolingType = gguf.PoolingType.MEAN,
+    feed_forward: int | None = None,
+    vocabulary: int = len(_WORDS),
     name: str | None = None,
-    seed: int = 0,
+    seed: int | None = 0,
     extra: Mapping[str, Value] | None = None,
 ) -> Path:
     """A BERT with a pooling type; the real server with `--embeddings` answers /v1/embeddings."""
-    keys, tensors = _bert(layers, embedding, heads, context, pooling, seed)
+    keys, tensors = _bert(
+        layers, embedding, heads, context, pooling, seed, feed_forward, vocabulary
+    )
     return write_gguf(path, "bert", keys | {"general.name": name} | dict(extra or {}), tensors)
 
 
@@ -425,10 +370,10 @@ def write_reranker(
 ) -> Path:
     """A BERT with pooling `rank` and a classifier; `--reranking` answers /v1/rerank."""
     keys, tensors = _bert(layers, embedding, heads, context, gguf.PoolingType.RANK, seed)
-    random = _Random(seed + 1)
+    random = Random(seed + 1)
     keys |= {"general.name": name, "bert.classifier.output_labels": ["relevance"]}
-    tensors |= {"cls.weight": random.matrix(embedding, embedding), "cls.bias": _zeros(embedding)}
-    tensors |= {"cls.output.weight": random.matrix(1, embedding), "cls.output.bias": _zeros(1)}
+    tensors |= {"cls.weight": random.matrix(embedding, embedding), "cls.bias": zeros(embedding)}
+    tensors |= {"cls.output.weight": random.matrix(1, embedding), "cls.output.bias": zeros(1)}
     return write_gguf(path, "bert", keys | dict(extra or {}), tensors)
 
 
@@ -470,8 +415,63 @@ def write_projector(
             "clip.audio.num_mel_bins": 80, "clip.audio.embedding_length": 32,
             "clip.audio.block_count": 1, "clip.audio.projection_dim": projection_dim,
         }  # fmt: skip
-    tensors = {"mm.input_projection.weight": _Random(seed).matrix(32, projection_dim)}
+    tensors = {"mm.input_projection.weight": Random(seed).matrix(32, projection_dim)}
     return write_gguf(path, "clip", keys | dict(extra or {}), tensors)
+
+
+def write_vision_projector(
+    path: Path,
+    projection_dim: int = 64,
+    *,
+    layers: int = 1,
+    embedding: int = 64,
+    heads: int = 4,
+    feed_forward: int | None = None,
+    image_size: int = 112,
+    seed: int | None = 0,
+) -> Path:
+    """An image encoder of Gemma 3's kind, which the server loads beside a text model so wide."""
+    random, patch, inner = Random(seed), 14, feed_forward or 2 * embedding
+    places = (image_size // patch) ** 2
+    keys: dict[str, Value] = {
+        "general.type": "mmproj",
+        "general.file_type": _file_type("F16"),
+        "clip.has_vision_encoder": True,
+        "clip.projector_type": "gemma3",
+        "clip.use_gelu": True,
+        "clip.vision.image_size": image_size,
+        "clip.vision.patch_size": patch,
+        "clip.vision.embedding_length": embedding,
+        "clip.vision.feed_forward_length": inner,
+        "clip.vision.block_count": layers,
+        "clip.vision.attention.head_count": heads,
+        "clip.vision.attention.layer_norm_epsilon": 1e-6,
+        "clip.vision.projection_dim": projection_dim,
+        "clip.vision.image_mean": [0.5, 0.5, 0.5],
+        "clip.vision.image_std": [0.5, 0.5, 0.5],
+    }
+    tensors: _Tensors = {
+        "v.patch_embd.weight": random.matrix(embedding, 3, patch, patch),
+        "v.patch_embd.bias": zeros(embedding),
+        "v.position_embd.weight": random.matrix(places, embedding),
+        "v.post_ln.weight": ones(embedding),
+        "v.post_ln.bias": zeros(embedding),
+        "mm.input_projection.weight": random.matrix(embedding, projection_dim),
+        "mm.soft_emb_norm.weight": ones(embedding),
+    }
+    shapes = {
+        "attn_q": (embedding, embedding), "attn_k": (embedding, embedding),
+        "attn_v": (embedding, embedding), "attn_out": (embedding, embedding),
+        "ffn_up": (inner, embedding), "ffn_down": (embedding, inner),
+    }  # fmt: skip
+    for layer in range(layers):
+        for name, shape in shapes.items():
+            tensors[f"v.blk.{layer}.{name}.weight"] = random.matrix(*shape)
+            tensors[f"v.blk.{layer}.{name}.bias"] = zeros(shape[0])
+        for name in ("ln1", "ln2"):
+            tensors[f"v.blk.{layer}.{name}.weight"] = ones(embedding)
+            tensors[f"v.blk.{layer}.{name}.bias"] = zeros(embedding)
+    return write_gguf(path, "clip", keys, tensors)
 
 
 def write_adapter(path: Path, *, rank: int = 4, embedding: int = 64, seed: int = 0) -> Path:
@@ -481,7 +481,7 @@ def write_adapter(path: Path, *, rank: int = 4, embedding: int = 64, seed: int =
         "adapter.type": "lora",
         "adapter.lora.alpha": float(rank),
     }
-    random = _Random(seed)
+    random = Random(seed)
     tensors = {
         "blk.0.attn_q.weight.lora_a": random.matrix(rank, embedding),
         "blk.0.attn_q.weight.lora_b": random.matrix(embedding, rank),
@@ -531,7 +531,7 @@ def write_draft(
         f"{architecture}.attention.head_count": 4,
         f"{architecture}.attention.head_count_kv": 2,
     }
-    tensors = {"fc.weight": _Random(seed).matrix(embedding, 3 * embedding)}
+    tensors = {"fc.weight": Random(seed).matrix(embedding, 3 * embedding)}
     return write_gguf(path, architecture, keys, tensors)
 
 

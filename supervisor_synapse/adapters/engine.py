@@ -10,6 +10,7 @@ import shutil
 import stat
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from supervisor_synapse.core.model import Device, Engine
@@ -35,10 +36,10 @@ def find(setting: str, answer_seconds: float = _ANSWER_SECONDS) -> Engine:
         ConfigError: there is none, or it does not run; says how to get one on this platform.
     """
     path = locate(setting)
-    flags = frozenset(_FLAG.findall(_output(path, "--help", answer_seconds)))
+    flags = frozenset(_FLAG.findall(_output(path, "--help", seconds=answer_seconds)))
     if "--model" not in flags:
         raise ConfigError(f"cannot use {path} as the engine: its --help is not {_NAME}'s")
-    version = _VERSION.search(_output(path, "--version", answer_seconds))
+    version = _VERSION.search(_output(path, "--version", seconds=answer_seconds))
     return Engine(path, version[1].strip() if version else "unknown", flags)
 
 
@@ -74,15 +75,29 @@ def how_to_get_one() -> str:
     )
 
 
-def devices(engine: Engine) -> tuple[Device, ...]:
+def devices(
+    engine: Engine, rpc: Sequence[str] = (), answer_seconds: float = _ANSWER_SECONDS
+) -> tuple[Device, ...]:
     """The devices that the engine can offload to; none is no error.
+
+    `rpc`: where further devices are, `host:port` each. They are RPC0, RPC1 … in this order, and
+    described by their addresses. One that refuses the connection is left out, and those after it
+    move up; one that takes it and is silent (it serves one engine at a time) costs the answer.
 
     Raises:
         ConfigError: the engine cannot say which devices it sees.
     """
+    if rpc and "--rpc" not in engine.flags:
+        raise ConfigError(
+            f"{engine.path} knows no --rpc: remove rpc from [synapse] in synapse.conf, or use a "
+            "llama-server that was built with GGML_RPC"
+        )
     if "--list-devices" not in engine.flags:
         return ()
-    return tuple(parse_devices(_output(engine.path, "--list-devices")))
+    further = ("--rpc", ",".join(rpc)) if rpc else ()
+    return tuple(
+        parse_devices(_output(engine.path, *further, "--list-devices", seconds=answer_seconds))
+    )
 
 
 def parse_devices(text: str) -> list[Device]:
@@ -135,19 +150,20 @@ def _require_unwritable(path: str) -> None:
             )
 
 
-def _output(path: str, argument: str, seconds: float = _ANSWER_SECONDS) -> str:
+def _output(path: str, *arguments: str, seconds: float) -> str:
+    command = " ".join((path, *arguments))
     try:
         done = subprocess.run(
-            [path, argument], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            [path, *arguments], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, timeout=seconds, check=False, text=True, errors="replace",
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        raise ConfigError(f"{path} {argument} gave no answer in {seconds:g} s") from None
+        raise ConfigError(f"{command} gave no answer in {seconds:g} s") from None
     except OSError as error:
         raise ConfigError(f"cannot run {path}: {error.strerror}; {how_to_get_one()}") from None
     if done.returncode != 0:
         last = ascii(done.stdout.strip().splitlines()[-1][:200]) if done.stdout.strip() else "''"
         raise ConfigError(
-            f"{path} {argument} failed with status {done.returncode}: {last}; {how_to_get_one()}"
+            f"{command} failed with status {done.returncode}: {last}; {how_to_get_one()}"
         )
     return done.stdout

@@ -57,8 +57,20 @@ _MAX_SECONDS = 1.5
 _WINDOW_BYTES = 256 * 1024
 _CHECK_EVERY = 1024  # keys or tensors between two looks at the clock
 
+_PATCHES_OF_ANY_IMAGE = (2 * 46) ** 2  # llama.cpp's set_warmup_n_tokens for Qwen-VL and its like
+
 _ARCHITECTURE = re.compile(r"[a-z0-9._-]{1,64}")
 _BLOCK = re.compile(rb"blk\.(\d{1,9})\.")
+# What `--n-cpu-moe` moves (llama.cpp's LLM_FFN_EXPS_REGEX).
+_EXPERTS = re.compile(rb"blk\.(\d{1,9})\.ffn_(?:up|down|gate|gate_up)_(?:ch)?exps")
+# What llama.cpp lists as LLM_TENSOR_LAYER_INPUT: such tensors never leave the host.
+_INPUTS = tuple(
+    name + b"."
+    for name in (
+        b"token_embd", b"token_embd_norm", b"token_types", b"position_embd",
+        b"per_layer_token_embd",
+    )
+)  # fmt: skip
 
 # Value types of fixed size, by GGUFValueType: struct's letter.
 _SCALARS = {
@@ -555,13 +567,26 @@ def _header(
         key_length=values.number("{arch}.attention.key_length"),
         value_length=values.number("{arch}.attention.value_length"),
         key_length_mla=values.number("{arch}.attention.key_length_mla"),
+        value_length_mla=values.number("{arch}.attention.value_length_mla"),
         kv_lora_rank=values.number("{arch}.attention.kv_lora_rank"),
         sliding_window=values.number("{arch}.attention.sliding_window"),
         sliding_window_pattern=values.pattern("{arch}.attention.sliding_window_pattern"),
+        window_key_length=values.number("{arch}.attention.key_length_swa"),
+        window_value_length=values.number("{arch}.attention.value_length_swa"),
+        shared_kv_layers=values.number("{arch}.attention.shared_kv_layers"),
+        attention_interval=values.number("{arch}.full_attention_interval"),
+        recurrent_layers=values.pattern("{arch}.attention.recurrent_layers"),
+        predicting_layers=values.number("{arch}.nextn_predict_layers"),
         experts=values.number("{arch}.expert_count"),
         experts_used=values.number("{arch}.expert_used_count"),
         expert_feed_forward_length=values.number("{arch}.expert_feed_forward_length"),
+        shared_experts=values.number("{arch}.expert_shared_count"),
+        ungated=_is_ungated(tensors),
         recurrent_state=_recurrent_state(values),
+        short_convolution=values.number("{arch}.shortconv.l_cache"),
+        wkv_head_size=values.number("{arch}.wkv.head_size"),
+        token_shifts=values.number("{arch}.token_shift_count"),
+        kda_head_size=values.number("{arch}.kda.head_dim"),
         pooling=_pooling(values),
         causal_attention=values.flag("{arch}.attention.causal"),
         classifier=_has_classifier(values, tensors),
@@ -570,14 +595,17 @@ def _header(
         has_vision=bool(values.flag("clip.has_vision_encoder")),
         has_audio=bool(values.flag("clip.has_audio_encoder")),
         projection_dim=_projection_dim(values, tensors),
+        image=_image(values),
         tags=values.texts("general.tags", _MAX_TAGS, _MAX_TAG_CHARACTERS),
         split_index=split_index,
         split_count=split_count,
         tensors=len(tensors),
         header_bytes=header_bytes,
         tensor_bytes=sum(sizes.values()),
-        block_bytes=_block_bytes(sizes, layers),
+        block_bytes=_block_bytes(sizes, layers, _BLOCK),
+        expert_bytes=_expert_bytes(sizes, layers),
         embedding_bytes=sizes.get(b"token_embd.weight", 0),
+        input_bytes=sum(size for name, size in sizes.items() if name.startswith(_INPUTS)),
         has_output=b"output.weight" in sizes,
     )
 
@@ -669,16 +697,51 @@ def _projection_dim(values: _Values, tensors: list[_Tensor]) -> int:
     return vision or audio or values.number("clip.projection_dim")
 
 
-def _block_bytes(sizes: dict[bytes, int], layers: int) -> tuple[int, ...]:
-    """Data of `blk.i.*` by i; as long as there are layers, stated or found."""
+def _image(values: _Values) -> tuple[int, int, int]:
+    """Patches of the image for which the engine lays out its graph, and the encoder's widths."""
+    size, patch = values.number("clip.vision.image_size"), values.number("clip.vision.patch_size")
+    patches = (size // patch) ** 2 if patch else 0
+    if b"vl" in (values.raw("clip.projector_type") or b""):  # takes images of any size
+        patches = max(patches, _PATCHES_OF_ANY_IMAGE)
+    return (
+        min(patches, _MAX_NUMBER),
+        values.number("clip.vision.embedding_length"),
+        values.number("clip.vision.feed_forward_length"),
+    )
+
+
+def _block_bytes(
+    sizes: dict[bytes, int], layers: int, wanted: re.Pattern[bytes]
+) -> tuple[int, ...]:
+    """Data of the `wanted` tensors by their block; as long as there are layers, stated or found."""
     blocks: Counter[int] = Counter()
     for name, size in sizes.items():
-        if found := _BLOCK.match(name):
+        if found := wanted.match(name):
             blocks[int(found[1])] += size
     count = max(layers, max(blocks, default=-1) + 1)
     if count > _MAX_LAYERS:
         raise _error(f"has {count} layers, at most {_MAX_LAYERS} are allowed")
     return tuple(blocks[index] for index in range(count))
+
+
+def _expert_bytes(sizes: dict[bytes, int], layers: int) -> tuple[int, ...]:
+    """As `_block_bytes`; empty where there are none."""
+    found = _block_bytes(sizes, layers, _EXPERTS)
+    return found if any(found) else ()
+
+
+def _is_ungated(tensors: list[_Tensor]) -> bool:
+    """Whether no gate stands beside the projection up, or is one with it (twice as wide)."""
+    widths: dict[bytes, int] = {}
+    for tensor in tensors:
+        _, _, part = tensor.name.partition(b".ffn_")
+        if part.startswith(b"gate"):
+            return False
+        if part == b"up.weight" and len(tensor.shape) > 1:
+            widths[b"up"] = tensor.shape[1]
+        if part == b"down.weight" and tensor.shape:
+            widths[b"down"] = tensor.shape[0]
+    return bool(widths) and widths.get(b"up") == widths.get(b"down")
 
 
 # --- the gguf package's tables -------------------------------------------------------------------

@@ -70,8 +70,11 @@ class Registry:
         return {entry.name: entry.digests for entry in self.entries.values()}
 
     def paths(self) -> dict[str, str]:
-        """Model key → the path that its program uses."""
-        return {program.key: program.model_path for program in self.programs}
+        """Model key → the path by which its own file is served."""
+        return {
+            program.key: program.ladder[0].model_path if program.ladder else program.model_path
+            for program in self.programs
+        }
 
 
 _REGISTRY = TypeAdapter(Registry)

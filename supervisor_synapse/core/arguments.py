@@ -1,33 +1,59 @@
-"""What llama-server is told, beside the files: pure, and only what this engine knows."""
+"""What llama-server is told, beside the files, and what its words mean: pure.
+
+It is told only what this engine knows. What is read back may have been written by anybody: what
+makes no sense is as if it had not been said.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import zip_longest
+from typing import Any, NamedTuple
 
-from supervisor_synapse.core.estimate import prompt_cache_bytes
+from supervisor_synapse.core.estimate import Load, prompt_cache_bytes
 from supervisor_synapse.core.model import Engine, Role, http_url
 from supervisor_synapse.core.settings import MIB
 
 _LARGEST_EMBEDDING_BATCH = 2048
+# What we say, and other names under which the user may say it.
+_OPTIONAL = {
+    "--kv-unified": ("-kvu", "--no-kv-unified", "-no-kvu"),
+    "--metrics": (),
+    "--slots": (),
+    "--log-verbosity": ("-lv", "--verbosity"),
+    "--sleep-idle-seconds": (),
+    "--rpc": (),
+    "--device": ("-dev",),
+    "--fit": ("-fit",),
+    "--gpu-layers": ("-ngl", "--n-gpu-layers"),
+    "--tensor-split": ("-ts",),
+    "--cache-ram": ("-cram",),
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Serving:
-    """How one model shall be served."""
+    """How one model shall be served, wherever it lies."""
 
     host: str
     port: int
     alias: str
     role: Role
-    context: int
     parallel: int
-    device: str | None  # None: the engine's own choice
-    gpu_layers: int | None
     sleep_idle_seconds: int
-    kv_bytes: int
     extra: tuple[str, ...]
+
+
+class Extent(NamedTuple):
+    """How much of a model lies where."""
+
+    context: int
+    device: str | None  # "CUDA0", "CUDA0,CUDA1", "none"; None: there is nothing to choose
+    gpu_layers: int | None
+    split: tuple[int, ...] = ()  # layers on each of several devices
+    rpc: tuple[str, ...] = ()  # host:port of the servers that its devices are reached through
 
 
 def embedding_batch(context: int) -> int:
@@ -35,38 +61,64 @@ def embedding_batch(context: int) -> int:
     return min(context, _LARGEST_EMBEDDING_BATCH)
 
 
-def server_arguments(serving: Serving, engine: Engine) -> tuple[str, ...]:
-    """Tokens for llama-server. What the user gave in `args` comes last, so that it wins."""
-    wanted: list[tuple[str, ...]] = [
-        ("--alias", serving.alias),
-        ("--host", serving.host),
-        ("--port", str(serving.port)),
-        ("--ctx-size", str(serving.context)),
-        ("--parallel", str(serving.parallel)),
-    ]
-    optional: list[tuple[str, ...]] = [
-        ("--kv-unified",),  # each request may use the whole context while the others are short
-        ("--cache-ram", str(prompt_cache_bytes(serving.kv_bytes) // MIB)),
-        ("--metrics",),
-        ("--slots",),
-    ]
+def standing_words(serving: Serving, engine: Engine) -> tuple[str, ...]:
+    """What is said of a model wherever it lies."""
+    ours = _ours(serving.extra, engine.flags)
+    words = [
+        "--alias", serving.alias, "--host", serving.host, "--port", str(serving.port),
+        "--parallel", str(serving.parallel),
+    ]  # fmt: skip
     if serving.role is Role.EMBEDDING:
-        wanted.append(("--embeddings",))
+        words.append("--embeddings")
     if serving.role is Role.RERANKER:
-        wanted.append(("--reranking",))
+        words.append("--reranking")
+    if "--kv-unified" in ours:  # each request may use the whole context while the others are short
+        words.append("--kv-unified")
+    words += [option for option in ("--metrics", "--slots") if option in ours]
+    if "--log-verbosity" in ours:  # from 4 on the size of each buffer stands in the log
+        words += ["--log-verbosity", "4"]
+    if serving.sleep_idle_seconds and "--sleep-idle-seconds" in ours:
+        words += ["--sleep-idle-seconds", str(serving.sleep_idle_seconds)]
+    return tuple(words)
+
+
+def placing_words(extent: Extent, serving: Serving, engine: Engine) -> tuple[str, ...]:
+    """How much lies where: all said, lest the engine move layers as it finds room."""
+    ours = _ours(serving.extra, engine.flags)
+    words = ["--ctx-size", str(extent.context)]
     if serving.role in (Role.EMBEDDING, Role.RERANKER):
-        batch = str(embedding_batch(serving.context))
-        wanted += [("--batch-size", batch), ("--ubatch-size", batch)]
-    if serving.device is not None:
-        optional.append(("--device", serving.device))
-    if serving.gpu_layers is not None:
-        optional.append(("--gpu-layers", str(serving.gpu_layers)))
-    if serving.sleep_idle_seconds:
-        optional.append(("--sleep-idle-seconds", str(serving.sleep_idle_seconds)))
-    known = [tokens for tokens in optional if tokens[0] in engine.flags]
-    given = {word.split("=", 1)[0] for word in serving.extra}
-    rest = [tokens for tokens in known if tokens[0] not in given]
-    return tuple(token for tokens in [*wanted, *rest] for token in tokens) + serving.extra
+        batch = str(embedding_batch(extent.context))
+        words += ["--batch-size", batch, "--ubatch-size", batch]
+    if extent.rpc and "--rpc" in ours:
+        words += ["--rpc", ",".join(extent.rpc)]
+    if extent.device is not None:
+        if "--device" in ours:
+            words += ["--device", extent.device]
+        if "--fit" in ours:
+            words += ["--fit", "off"]
+    if extent.gpu_layers is not None and "--gpu-layers" in ours:
+        words += ["--gpu-layers", str(extent.gpu_layers)]
+    if len(extent.split) > 1 and "--tensor-split" in ours:
+        words += ["--tensor-split", ",".join(map(str, extent.split))]
+    return tuple(words)
+
+
+def prompt_cache_words(kv_bytes: int, serving: Serving, engine: Engine) -> tuple[str, ...]:
+    """A bound for the prompts that are kept on the host, by the size of the cache."""
+    if "--cache-ram" not in _ours(serving.extra, engine.flags):
+        return ()
+    return ("--cache-ram", str(prompt_cache_bytes(kv_bytes) // MIB))
+
+
+@lru_cache(maxsize=1024)
+def _ours(extra: tuple[str, ...], flags: frozenset[str]) -> frozenset[str]:
+    """The options that are ours to say: known to the engine, and not said by the user."""
+    said = {word.split("=", 1)[0] for word in extra}
+    return frozenset(
+        option
+        for option, others in _OPTIONAL.items()
+        if option in flags and said.isdisjoint((option, *others))
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,3 +183,134 @@ def _port(text: str) -> int:
     if not 0 < port < 65536:
         raise ValueError(f"{port} is no port")
     return port
+
+
+# --- what memory depends on ----------------------------------------------------------------------
+
+_DEFAULT_PARALLEL = 4
+_ALL_LAYERS = 9999
+_CACHE_TYPES = frozenset(
+    {"f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1"}
+)  # fmt: skip
+_OFF = frozenset({"off", "false", "0", "disabled"})
+_UNBOUNDED_CACHE_RAM_MIB = 8192  # what the engine itself keeps to where it is not told
+
+
+def load_of(*words: Sequence[str], trained_context: int = 0, devices: Sequence[str] = ()) -> Load:
+    """What memory depends on, of a server with these arguments, in groups of whole options.
+
+    The last word on a thing counts. `trained_context`: the context where none is said. `devices`:
+    those that the engine has; where the arguments name none, it takes all of them.
+    """
+    said: dict[str, Any] = {}
+    for group in words:
+        said.update(_said(tuple(group)))
+    parallel: int | None = said.get("parallel")
+    said.setdefault("context", trained_context)
+    said.setdefault("devices", tuple(devices))
+    said.setdefault("unified", parallel is None)
+    said["parallel"] = parallel or _DEFAULT_PARALLEL
+    said["ubatch"] = min(said.get("ubatch", 512), said.pop("batch", 2048))
+    return Load(**said)
+
+
+@lru_cache(maxsize=4096)
+def _said(words: tuple[str, ...]) -> Mapping[str, Any]:
+    """Each option's value by what it is about; one that cannot be understood is left out."""
+    said: dict[str, Any] = {}
+    for at, word in enumerate(words):
+        if word in _SWITCHES:
+            about, value = _SWITCHES[word]
+            said[about] = value
+            continue
+        flag, has_value, text = word.partition("=") if "=" in word else (word, "", "")
+        option = _OPTIONS.get(flag)
+        if option is None:
+            continue
+        if not has_value:
+            text = words[at + 1] if at + 1 < len(words) else ""
+        about, parse = option
+        try:
+            said[about] = parse(text)
+        except ValueError:
+            continue
+    return said
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        number = int(text)
+        if number < least:
+            raise ValueError(f"{number} is below {least}")
+        return number
+
+    return parse
+
+
+def _layers(text: str) -> int | None:
+    """None: all of them; the engine's `auto` takes all that it can."""
+    if text in ("auto", "all"):
+        return None
+    number = int(text)
+    return number if number >= 0 else None
+
+
+def _devices(text: str) -> tuple[str, ...]:
+    names = tuple(name for name in text.split(",") if name)
+    if not names or text.startswith("-"):
+        raise ValueError(f"{text} names no device")
+    return () if "none" in names else names
+
+
+def _split(text: str) -> tuple[float, ...]:
+    parts = tuple(float(part) for part in text.replace("/", ",").split(","))
+    if not all(0 <= part < 1e9 for part in parts):  # neither negative nor infinite nor NaN
+        raise ValueError(f"{text} does not split anything")
+    return parts
+
+
+def _flash_attention(text: str) -> bool:
+    """`auto`, and the bare flag of older engines, mean on."""
+    return text.lower() not in _OFF
+
+
+def _cache_type(text: str) -> str:
+    if text not in _CACHE_TYPES:
+        raise ValueError(f"{text} is no cache type")
+    return text
+
+
+def _cache_ram(text: str) -> int:
+    number = int(text)
+    return (number if number >= 0 else _UNBOUNDED_CACHE_RAM_MIB) * MIB
+
+
+_OPTIONS: Mapping[str, tuple[str, Callable[[str], Any]]] = {
+    name: (about, parse)
+    for names, about, parse in (
+        ("-c --ctx-size", "context", _at_least(1)),
+        ("-np --parallel", "parallel", _at_least(1)),
+        ("-b --batch-size", "batch", _at_least(1)),
+        ("-ub --ubatch-size", "ubatch", _at_least(1)),
+        ("-dev --device", "devices", _devices),
+        ("-ts --tensor-split", "split", _split),
+        ("-ngl --gpu-layers --n-gpu-layers", "gpu_layers", _layers),
+        ("-ctk --cache-type-k", "cache_type_k", _cache_type),
+        ("-ctv --cache-type-v", "cache_type_v", _cache_type),
+        ("-fa --flash-attn", "flash_attention", _flash_attention),
+        ("-ncmoe --n-cpu-moe", "expert_layers_on_host", _at_least(0)),
+        ("-cram --cache-ram", "prompt_cache_bytes", _cache_ram),
+    )
+    for name in names.split()
+}
+_SWITCHES: Mapping[str, tuple[str, Any]] = {
+    name: (about, value)
+    for names, about, value in (
+        ("-kvu --kv-unified", "unified", True),
+        ("-no-kvu --no-kv-unified", "unified", False),
+        ("--swa-full", "swa_full", True),
+        ("--embedding --embeddings --rerank --reranking", "embeddings", True),
+        ("-cmoe --cpu-moe", "expert_layers_on_host", _ALL_LAYERS),
+    )
+    for name in names.split()
+}

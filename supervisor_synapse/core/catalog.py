@@ -17,6 +17,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from supervisor_synapse.core.estimate import projector_bytes
 from supervisor_synapse.core.model import FileIdentity, FileKind, Header, Problem, Role
 
 PROGRAM_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
@@ -350,6 +351,7 @@ def _merged(headers: Sequence[Header]) -> Header:
     """The first shard has the facts; bytes and counts are summed over all."""
     first = headers[0]
     blocks = itertools.zip_longest(*(header.block_bytes for header in headers), fillvalue=0)
+    experts = itertools.zip_longest(*(header.expert_bytes for header in headers), fillvalue=0)
     largest = max(headers, key=lambda header: header.tensor_bytes)
     return replace(
         first,
@@ -358,12 +360,15 @@ def _merged(headers: Sequence[Header]) -> Header:
         ),
         parameters=sum(header.parameters for header in headers),
         classifier=any(header.classifier for header in headers),
+        ungated=all(header.ungated for header in headers if any(header.block_bytes)),
         split_count=len(headers),
         tensors=sum(header.tensors for header in headers),
         header_bytes=sum(header.header_bytes for header in headers),
         tensor_bytes=sum(header.tensor_bytes for header in headers),
         block_bytes=tuple(sum(sizes) for sizes in blocks),
+        expert_bytes=tuple(sum(sizes) for sizes in experts),
         embedding_bytes=sum(header.embedding_bytes for header in headers),
+        input_bytes=sum(header.input_bytes for header in headers),
         has_output=any(header.has_output for header in headers),
     )
 
@@ -579,7 +584,7 @@ def _model(unit: _Unit, name: str, projector: _Projector | None) -> Model:
         role=_role(unit, projector),
         quantization=unit.header.quantization,
         projector=projector.file.path if projector else None,
-        projector_bytes=projector.file.size_bytes if projector else 0,
+        projector_bytes=projector_bytes(projector.header) if projector else 0,
     )
 
 

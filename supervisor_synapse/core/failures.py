@@ -23,6 +23,8 @@ _AT_START_ONLY = PERMANENT | {FailureClass.PORT_IN_USE}
 # First match wins: what is most telling comes first. A message of a failed load follows each of
 # these in the log and says less.
 _TEXTS: tuple[tuple[FailureClass, str], ...] = (
+    # A device of another process or machine is away; it may come back.
+    (FailureClass.CRASHED, r"Remote RPC server crashed|Failed to connect to \S+:\d+"),
     (FailureClass.PORT_IN_USE, r"couldn't bind HTTP server socket"),
     (FailureClass.BAD_ARGUMENT, r"error: invalid argument|error while handling argument"
                                 r"|chat template is not supported"),

@@ -138,14 +138,27 @@ class Header:
     key_length: int = 0  # per head
     value_length: int = 0
     key_length_mla: int = 0
+    value_length_mla: int = 0
     kv_lora_rank: int = 0
     sliding_window: int = 0
     sliding_window_pattern: tuple[int, ...] = ()  # a period, or 1 (windowed) / 0 (full) per layer
+    window_key_length: int = 0  # per head, in layers with a window; 0: as in the others
+    window_value_length: int = 0
+    shared_kv_layers: int = 0  # the last so many use the caches of those before
+    attention_interval: int = 0  # each so many layers one with attention, the others recurrent
+    recurrent_layers: tuple[int, ...] = ()  # 1 (recurrent) or 0 per layer
+    predicting_layers: int = 0  # of `layers`, the last ones: they predict further tokens (MTP)
     experts: int = 0
     experts_used: int = 0
     expert_feed_forward_length: int = 0
+    shared_experts: int = 0  # in use for every token
+    ungated: bool = False  # the feed forward has no gate beside its projection
     recurrent_state: tuple[int, int, int, int, int] = (0, 0, 0, 0, 0)
     # conv_kernel, inner_size, state_size, time_step_rank, group_count of `{arch}.ssm.*`
+    short_convolution: int = 0  # length of LFM2's cache
+    wkv_head_size: int = 0  # of RWKV
+    token_shifts: int = 0  # of RWKV, per layer
+    kda_head_size: int = 0  # of Kimi's linear attention
     pooling: int | None = None  # 0 none, 1 mean, 2 cls, 3 last, 4 rank
     causal_attention: bool | None = None
     classifier: bool = False  # a classification head among the tensors or labels in the header
@@ -154,6 +167,8 @@ class Header:
     has_vision: bool = False  # projector: has an image encoder
     has_audio: bool = False
     projection_dim: int = 0  # projector: width of the text model that it feeds
+    image: tuple[int, int, int] = (0, 0, 0)
+    # projector: patches of one image, width and feed forward of the encoder that sees them
     tags: tuple[str, ...] = ()  # general.tags, at most 32 of at most 64 characters
     split_index: int = 0  # from 0
     split_count: int = 0  # 0 or 1: not split
@@ -161,7 +176,9 @@ class Header:
     header_bytes: int = 0  # up to the first tensor's data
     tensor_bytes: int = 0  # all tensor data of this file
     block_bytes: tuple[int, ...] = ()  # tensor data of `blk.i.*`, by i
+    expert_bytes: tuple[int, ...] = ()  # of that, the experts'
     embedding_bytes: int = 0  # token_embd
+    input_bytes: int = 0  # that, and what else turns tokens into the first layer's input
     has_output: bool = False  # an output.weight of its own (else token_embd serves as output)
 
 

@@ -135,6 +135,7 @@ class Settings:
     cache_dirs: tuple[str, ...] = ()
     model_dirs: tuple[str, ...] = ()
     engine: str = "auto"
+    rpc: tuple[str, ...] = ()  # host:port of further devices, for the engine's --rpc
     first_port: int = 8100
     last_port: int = 8199
     host: str = "127.0.0.1"

@@ -405,8 +405,9 @@ class Deployment:
         return xmlrpc.client.ServerProxy("http://127.0.0.1", transport=transport)
 
     def history(self) -> list[Any]:
-        """Every transition so far, oldest first."""
-        return [json.loads(line) for line in (self.log / "history.jsonl").read_text().splitlines()]
+        """Every transition so far, oldest first; a line that is just being written is not one."""
+        whole, _, _ = (self.log / "history.jsonl").read_text().rpartition("\n")
+        return [json.loads(line) for line in whole.splitlines()]
 
     def steps(self, name: str, since: float = 0.0) -> list[Any]:
         """The transitions of one model since a wall-clock time, oldest first."""

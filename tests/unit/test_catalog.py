@@ -346,7 +346,7 @@ def test_a_projector_is_given_to_all_models_of_its_repo_that_are_as_wide() -> No
     assert paired == {"m-Q4_K_M.gguf", "BF16/m-BF16.gguf"}
     seeing = models[f"hf:{REPO}:m-Q4_K_M.gguf"]
     assert (seeing.role, seeing.projector, seeing.projector_bytes) == (
-        Role.VISION, files[0].path, 400,
+        Role.VISION, files[0].path, 300,
     )  # fmt: skip
     assert models[f"hf:{REPO}:m-wider.gguf"].role is Role.TEXT
 

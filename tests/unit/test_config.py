@@ -61,6 +61,13 @@ def test_every_line_of_the_shipped_file_shows_the_default() -> None:
 SAID = [
     ("[synapse]\nengine = /opt/llama-server", "engine", "/opt/llama-server"),
     ("[synapse]\nengine = ~/llama-server", "engine", "~/llama-server"),
+    ("[synapse]\nrpc =", "rpc", ()),
+    ("[synapse]\nrpc = 127.0.0.1:50052", "rpc", ("127.0.0.1:50052",)),
+    (
+        "[synapse]\nrpc = gpu-box.lan:1, 10.0.0.7:00700,\n localhost:9",
+        "rpc",
+        ("gpu-box.lan:1", "10.0.0.7:700", "localhost:9"),
+    ),
     ("[synapse]\nhost = localhost", "host", "127.0.0.1"),
     ("[synapse]\nhost = ::1", "host", "::1"),
     ("[synapse]\nenable = none", "enable", Enable.NONE),
@@ -165,6 +172,16 @@ def test_each_key_of_a_model_section_is_parsed(key: str, text: str, value: objec
 
 WRONG = [
     ("[synapse]", "engine = bin/llama", "must be auto, or a path that begins with / or ~"),
+    ("[synapse]", "rpc = gpu-box", "an address such as 192.168.1.20:50052"),
+    ("[synapse]", "rpc = gpu-box:0", "a port within 1-65535"),
+    ("[synapse]", "rpc = gpu-box:65536", "a port within 1-65535"),
+    ("[synapse]", "rpc = gpu box:50052", "a name or an IPv4 address"),
+    ("[synapse]", "rpc = [::1]:50052", "a name or an IPv4 address"),
+    ("[synapse]", "rpc = $(id):50052", "a name or an IPv4 address"),
+    ("[synapse]", "rpc = -x:50052", "a name or an IPv4 address"),
+    ("[synapse]", "rpc = é:50052", "a name or an IPv4 address"),
+    ("[synapse]", "rpc = a:1, b:2, a:1", "each device once"),
+    ("[synapse]", "rpc = " + ", ".join(f"a:{n}" for n in range(1, 18)), "at most 16"),
     ("[synapse]", "model_dirs = models", "absolute"),
     ("[synapse]", "port_range = 80-90", "1024-65535"),
     ("[synapse]", "port_range = 9000-8000", "8100-8199"),
@@ -203,6 +220,7 @@ WRONG = [
     ("[model:x]", "args = --x é", "allowed"),
     ("[model:x]", 'args = "--x', "closing quotation"),
     ("[model:x]", "args = --host 0.0.0.0", "set host in [synapse]"),
+    ("[model:x]", "args = --rpc a:1", "set rpc in [synapse]"),
     ("[model:x]", "args = --port=9", "set port here"),
     ("[model:x]", "args = -m /x.gguf", "discovery"),
     ("[model:x]", "args = --api-key k", "--api-key-file"),

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -141,6 +142,10 @@ def _windowed(path: Path) -> Path:
     )
 
 
+def _architecture(architecture: str, **options: Any) -> Callable[[Path], Path]:
+    return lambda path: gguf_factory.write_model(path, architecture=architecture, **options)
+
+
 def _split(which: int) -> Callable[[Path], Path]:
     return lambda path: gguf_factory.write_split(path.parent, "split", shards=3)[which]
 
@@ -156,7 +161,7 @@ FACTS: dict[str, tuple[Callable[[Path], Path], dict[str, object]]] = {
             "pooling": None, "causal_attention": None, "classifier": False, "split_count": 0,
             "chat_template_sha256":
                 hashlib.sha256(gguf_factory.CHAT_TEMPLATE.encode()).hexdigest(),
-            "embedding_bytes": 355 * 64 * 2,
+            "embedding_bytes": 355 * 64 * 2, "input_bytes": 355 * 64 * 2, "ungated": False,
             "block_bytes": (2 * (12_288 + 6_144 + 256),) * 2,
         },
     ),
@@ -165,6 +170,7 @@ FACTS: dict[str, tuple[Callable[[Path], Path], dict[str, object]]] = {
         {
             "kind": FileKind.MODEL, "architecture": "qwen3moe", "experts": 8, "experts_used": 2,
             "expert_feed_forward_length": 32, "key_length": 16, "value_length": 16,
+            "expert_bytes": (8 * 3 * 64 * 32 * 2,) * 2,
             "chat_template_sha256": None, "quantization": "F16",
         },
     ),
@@ -175,6 +181,33 @@ FACTS: dict[str, tuple[Callable[[Path], Path], dict[str, object]]] = {
             "embedding_bytes": 355 * 64 // 32 * 34,
         },
     ),
+    "latent attention": (
+        _architecture("deepseek2", layers=3),
+        {
+            "kv_lora_rank": 32, "key_length": 32 + 8, "value_length": 32, "key_length_mla": 16,
+            "value_length_mla": 16, "heads_kv": (1,), "shared_experts": 1,
+            "expert_bytes": (0, *[4 * 3 * 64 * 32 * 2] * 2),
+        },
+    ),
+    "delta net": (
+        _architecture("qwen3next", layers=8),
+        {
+            "attention_interval": 4, "recurrent_state": (4, 64, 32, 2, 1), "ungated": False,
+        },
+    ),
+    "recurrent layers among others": (
+        _architecture("granitehybrid", layers=4),
+        {"heads_kv": (0, 0, 0, 2), "recurrent_state": (4, 128, 32, 4, 1)},
+    ),
+    "short convolution": (_architecture("lfm2", layers=4), {"short_convolution": 3}),
+    "layers that predict": (
+        _architecture("glm4moe", layers=3, shape={"predicting": 1}), {"predicting_layers": 1},
+    ),
+    "tied": (
+        _architecture("gemma2", tied=True, sliding_window=32),
+        {"has_output": False, "input_bytes": 355 * 64 * 2, "expert_bytes": ()},
+    ),
+    "gate and projection in one": (_architecture("phi3"), {"ungated": False}),
     "first shard": (
         _split(0),
         {
@@ -194,6 +227,7 @@ FACTS: dict[str, tuple[Callable[[Path], Path], dict[str, object]]] = {
         {
             "kind": FileKind.MODEL, "architecture": "bert", "pooling": 1,
             "causal_attention": False, "classifier": False, "context_length": 128,
+            "ungated": True, "has_output": False,
         },
     ),
     "reranker": (
@@ -204,14 +238,24 @@ FACTS: dict[str, tuple[Callable[[Path], Path], dict[str, object]]] = {
         lambda path: gguf_factory.write_projector(path, 640),
         {
             "kind": FileKind.PROJECTOR, "architecture": "clip", "projection_dim": 640,
-            "has_vision": True, "has_audio": False,
+            "has_vision": True, "has_audio": False, "image": (16 * 16, 32, 64),
         },
+    ),
+    "image encoder": (
+        lambda path: gguf_factory.write_vision_projector(path, image_size=140, embedding=96),
+        {"kind": FileKind.PROJECTOR, "projection_dim": 64, "image": (100, 96, 192)},
+    ),
+    "encoder of images of any size": (
+        lambda path: gguf_factory.write_projector(
+            path, extra={"clip.projector_type": "qwen2vl_merger"}
+        ),
+        {"image": (92 * 92, 32, 64)},
     ),
     "audio projector": (
         lambda path: gguf_factory.write_projector(path, 96, vision=False, audio=True),
         {
             "kind": FileKind.PROJECTOR, "projection_dim": 96, "has_vision": False,
-            "has_audio": True,
+            "has_audio": True, "image": (0, 0, 0),
         },
     ),
     "adapter": (
@@ -292,6 +336,34 @@ def test_a_count_may_have_any_integer_type() -> None:
     for kind in (U8, I8, U16, I16, U32, I32, U64, I64):
         header = parse(build([ARCHITECTURE, ("llama.context_length", kind, 100)]))
         assert header.context_length == 100
+
+
+@pytest.mark.parametrize(
+    ("key", "kind", "value", "fact", "expected"),
+    [
+        ("attention.key_length_swa", U32, 256, "window_key_length", 256),
+        ("attention.value_length_swa", U32, 128, "window_value_length", 128),
+        ("attention.shared_kv_layers", U32, 10, "shared_kv_layers", 10),
+        ("attention.recurrent_layers", ARRAY, Array(BOOL, [1, 0]), "recurrent_layers", (1, 0)),
+        ("full_attention_interval", U32, 4, "attention_interval", 4),
+        ("wkv.head_size", U32, 64, "wkv_head_size", 64),
+        ("token_shift_count", U32, 2, "token_shifts", 2),
+        ("kda.head_dim", U32, 128, "kda_head_size", 128),
+    ],
+)
+def test_what_memory_depends_on_in_few_architectures(
+    key: str, kind: int, value: object, fact: str, expected: object
+) -> None:
+    assert getattr(parse(build([ARCHITECTURE, (f"llama.{key}", kind, value)])), fact) == expected
+
+
+def test_all_that_turns_tokens_into_input_is_told_from_the_rest(tmp_path: Path) -> None:
+    names = ("token_embd", "token_embd_norm", "token_types", "position_embd")
+    names += ("per_layer_token_embd", "output", "output_norm", "token_embdx")
+    tensors = {f"{name}.weight": np.zeros((2, 8), dtype=np.float32) for name in names}
+    path = gguf_factory.write_gguf(tmp_path / "x.gguf", "gemma3n", {}, tensors, tensor_type="F32")
+    header = gguf_header.read(path)
+    assert (header.embedding_bytes, header.input_bytes) == (64, 5 * 64)
 
 
 def test_a_count_may_differ_from_layer_to_layer() -> None:

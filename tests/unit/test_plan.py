@@ -2,33 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from supervisor_synapse import deploy, discovery, report
+from supervisor_synapse import cli, deploy, discovery, report
+from supervisor_synapse.adapters import registry
 from supervisor_synapse.adapters.deployment import Deployment
 from supervisor_synapse.adapters.registry import Entry, Registry
+from supervisor_synapse.adapters.supervisord import Process, Supervisord
+from supervisor_synapse.core.candidates import repo_file
 from supervisor_synapse.core.catalog import Model
-from supervisor_synapse.core.estimate import Load, estimate
-from supervisor_synapse.core.model import Program, Role, Tier
-from supervisor_synapse.core.plan import (
-    Changes,
-    Deployed,
-    Plan,
-    World,
-    compare,
-    make_plan,
-    repo_file,
-    unmatched_sections,
-)
+from supervisor_synapse.core.changes import Changes, Deployed, compare
+from supervisor_synapse.core.estimate import Load, estimate, margin_bytes
+from supervisor_synapse.core.model import ProcessState, Program, Role, Source, Tier
+from supervisor_synapse.core.plan import Plan, World, make_plan, unmatched_sections
 from supervisor_synapse.core.settings import (
     DEFAULT_TIERS,
     Enable,
@@ -47,6 +44,7 @@ from tests.unit.builders import (
     host,
     model,
     section,
+    taking,
     world,
 )
 
@@ -72,9 +70,15 @@ def again(plan: Plan, **changes: Any) -> World:
     return world(**({"earlier": plan.choices} | changes))
 
 
-def need(made: Model, context: int, parallel: int = 4, device: str = "CPU") -> int:
-    """Bytes that it takes."""
-    return estimate(made.header, Load(context, parallel, device=device)).total_bytes
+def need(made: Model, context: int, parallel: int = 4) -> int:
+    """Bytes that it takes of the host."""
+    return estimate(made.header, Load(context, parallel)).on("CPU")
+
+
+def room_for(made: Model, context: int) -> int:
+    """Bytes that must be free for it on the host."""
+    taken = estimate(made.header, Load(context, 4))
+    return taken.on("CPU") + margin_bytes(taken, "CPU")
 
 
 def with_room(size_bytes: int) -> dict[str, Any]:
@@ -152,10 +156,10 @@ def test_a_section_may_choose_any_context() -> None:
 def test_the_context_is_cut_until_the_model_fits() -> None:
     made = model(layers=32, heads=(32,), heads_kv=(8,), embedding_length=4096)
     for context in (16384, 8192, 4096, 2048):
-        found = planned([made], **with_room(need(made, context)))[made.name]
+        found = planned([made], **with_room(room_for(made, context)))[made.name]
         assert (found.enabled, found.context) == (True, context)
-        assert found.estimate_bytes == need(made, context)
-    found = planned([made], **with_room(need(made, 2048) - 1))[made.name]
+        assert found.estimate_bytes // MIB == need(made, context) // MIB
+    found = planned([made], **with_room(room_for(made, 2048) - 1))[made.name]
     assert not found.enabled
 
 
@@ -182,7 +186,7 @@ def test_as_many_are_enabled_as_memory_holds_by_priority() -> None:
     small = [model(name=f"small{n}", size_bytes=100 * MIB, parameters=10**9) for n in range(3)]
     large = model(name="large", size_bytes=900 * MIB, parameters=10**12)
     last = model(name="last", size_bytes=950 * MIB, parameters=10**12, context_length=2048)
-    room = sum(need(one, 16384) for one in small) + need(large, 4096)
+    room = sum(room_for(one, 16384) for one in small) + room_for(large, 4096)
     found = planned([large, last, *small], **with_room(room))
     assert enabled(found) == ["small0", "small1", "small2", "large"]
     assert found["small0"].reason.startswith("fits: ")
@@ -201,7 +205,8 @@ def test_the_reserve_of_a_device_stays_free() -> None:
     made = model(context_length=2048)
     for reserve, kept in ((Reserve(3 * GIB), 3 * GIB), (Reserve(0, 0.25), 2 * GIB)):
         settings = Settings(memory_reserve=reserve)
-        for free, fits in ((kept + need(made, 2048), True), (kept + need(made, 2048) - 1, False)):
+        enough = kept + room_for(made, 2048)
+        for free, fits in ((enough, True), (enough - 1, False)):
             found = planned([made], settings, devices=(host(8 * GIB, free),))
             assert found[made.name].enabled is fits
 
@@ -272,7 +277,7 @@ def test_a_section_has_the_last_word(enable: Enable) -> None:
 def test_memory_goes_first_to_what_is_enabled_by_name() -> None:
     large = model(name="large", parameters=10**12, size_bytes=900 * MIB, context_length=2048)
     settings = Settings(models=(section("large", enabled=True),))
-    found = planned([model(name="small"), large], settings, **with_room(need(large, 2048)))
+    found = planned([model(name="small"), large], settings, **with_room(room_for(large, 2048)))
     assert enabled(found) == ["large"]
     assert found["large"].reason.startswith("fits: ")
 
@@ -323,54 +328,6 @@ def test_a_program_that_is_not_enabled_is_ready_to_be_started_by_hand() -> None:
     assert (found.enabled, found.context, found.port) == (False, 16384, 8100)
 
 
-# --- devices -------------------------------------------------------------------------------------
-
-
-def test_a_device_to_offload_to_comes_before_the_host_the_roomiest_first() -> None:
-    devices = (host(), gpu("CUDA0", 8 * GIB, 3 * GIB), gpu("CUDA1", 4 * GIB, 4 * GIB))
-    models = [model(name=f"m{n}", size_bytes=GIB, context_length=2048) for n in range(4)]
-    found = planned(models, devices=devices)
-    assert [found[f"m{n}"].device for n in range(3)] == ["CUDA1", "CUDA0", "CUDA1"]
-    assert not found["m3"].enabled
-    assert "--device CUDA1" in " ".join(found["m0"].arguments)
-
-
-@pytest.mark.parametrize("said", [{"device": "none"}, {"gpu_layers": 0}])
-def test_a_model_kept_off_the_devices_lives_on_the_host(said: dict[str, Any]) -> None:
-    settings = Settings(models=(section("*", **said),))
-    found = planned([model()], settings, devices=(gpu("CUDA0"), host()))["tiny-q4_k_m"]
-    assert found.device == "CPU"
-    assert found.estimate_bytes == need(model(), 16384)
-
-
-def test_a_device_chosen_in_a_section_is_taken() -> None:
-    settings = Settings(models=(section("*", device="CUDA1"),))
-    devices = (gpu("CUDA0", 80 * GIB), gpu("CUDA1", 8 * GIB), host())
-    assert planned([model()], settings, devices=devices)["tiny-q4_k_m"].device == "CUDA1"
-
-
-@hypothesis_settings(max_examples=100, deadline=None)
-@given(
-    sizes=st.lists(st.tuples(st.integers(1, 4000), st.integers(1, 40)), max_size=12),
-    free=st.lists(st.integers(0, 8000), min_size=1, max_size=3), reserve=st.integers(0, 1000),
-)  # fmt: skip
-def test_what_fits_together_never_takes_more_than_a_device_has_beside_its_reserve(
-    sizes: list[tuple[int, int]], free: list[int], reserve: int
-) -> None:
-    models = [
-        model(name=f"m{n}", size_bytes=size * MIB, parameters=billions * 10**9)
-        for n, (size, billions) in enumerate(sizes)
-    ]
-    devices = tuple(gpu(f"CUDA{n}", 8000 * MIB, mib * MIB) for n, mib in enumerate(free))
-    settings = Settings(memory_reserve=Reserve(reserve * MIB))
-    found = planned(models, settings, devices=(*devices, host()))
-    for device in devices:
-        taken = sum(
-            p.estimate_bytes for p in found.values() if p.enabled and p.device == device.name
-        )
-        assert taken <= max(device.free_bytes - reserve * MIB, 0)
-
-
 # --- what a program is told ----------------------------------------------------------------------
 
 
@@ -379,7 +336,9 @@ def test_a_program_carries_what_its_settings_say() -> None:
         "o/*", alias="My/Alias:1", port=9000, parallel=2, gpu_layers=7, fallback="other",
         sleep_idle_seconds=60, pinned=True, args=("--flash-attn", "on"),
     )  # fmt: skip
-    found = planned([repo("Q4_K_M")], Settings(models=(said,)))["m-q4_k_m"]
+    settings = Settings(models=(said, section("*/other*", port=9001, fallback=None)))
+    models = [repo("Q4_K_M"), model(name="other", key="other", repo="o/other")]
+    found = planned(models, settings)["m-q4_k_m"]
     assert (found.alias, found.port, found.parallel) == ("My/Alias:1", 9000, 2)
     assert (found.fallback, found.pinned) == ("other", True)
     assert found.arguments[-2:] == ("--flash-attn", "on")
@@ -387,6 +346,13 @@ def test_a_program_carries_what_its_settings_say() -> None:
     for words in ("--alias My/Alias:1", "--port 9000", "--parallel 2", "--gpu-layers 7",
                   "--sleep-idle-seconds 60", f"--ctx-size {found.context}"):  # fmt: skip
         assert words in line
+
+
+def test_a_fallback_that_is_no_model_is_told() -> None:
+    settings = Settings(models=(section("a", fallback="b"), section("c", fallback="a")))
+    (problem,) = make_plan([model(name="a"), model(name="c")], settings, world()).problems
+    assert problem.subject == "a"
+    assert "fallback b" in problem.reason
 
 
 def test_a_model_answers_to_its_name_unless_a_section_says_otherwise() -> None:
@@ -404,7 +370,10 @@ def test_an_embedding_model_takes_a_whole_input_at_once_and_memory_is_counted_fo
     made = model(role=Role.EMBEDDING, context_length=2048)
     found = planned([made])[made.name]
     assert {"--embeddings", "--ubatch-size"} <= set(found.arguments)
-    assert found.estimate_bytes == estimate(made.header, Load(2048, 4, 2048)).total_bytes
+    assert (
+        found.estimate_bytes
+        == estimate(made.header, Load(2048, 4, 2048, embeddings=True)).total_bytes
+    )
 
 
 def test_a_projector_is_served_and_counted() -> None:
@@ -552,9 +521,9 @@ HEAVY = {"layers": 32, "heads": (32,), "heads_kv": (8,), "embedding_length": 409
 def test_a_context_once_chosen_is_kept_while_others_hold_the_memory(settings: Settings) -> None:
     """Free memory is never the same twice; the model then waits instead of being rendered anew."""
     made = model(**HEAVY)
-    first = make_plan([made], settings, world(**with_room(need(made, 8192))))
+    first = make_plan([made], settings, world(**with_room(room_for(made, 8192))))
     assert first.programs[0].context == 8192
-    for room in (need(made, 4096), 0, 60 * GIB):
+    for room in (room_for(made, 4096), 0, 60 * GIB):
         later = make_plan([made], settings, again(first, **with_room(room)))
         assert later.programs[0].context == 8192
         assert later.programs[0].enabled
@@ -566,7 +535,7 @@ def test_a_model_that_did_not_fit_is_enabled_as_soon_as_there_is_memory() -> Non
     made = model(**HEAVY)
     first = make_plan([made], Settings(), world(**with_room(0)))
     assert not enabled(first)
-    later = make_plan([made], Settings(), again(first, **with_room(need(made, 4096))))
+    later = make_plan([made], Settings(), again(first, **with_room(room_for(made, 4096))))
     assert enabled(later) == [made.name]
     assert later.programs[0].context == 4096
 
@@ -576,7 +545,7 @@ def test_a_model_that_did_not_fit_is_enabled_as_soon_as_there_is_memory() -> Non
 )
 def test_another_file_under_the_same_key_is_chosen_for_anew(changes: dict[str, Any]) -> None:
     made = model(**HEAVY)
-    first = make_plan([made], Settings(), world(**with_room(need(made, 2048))))
+    first = make_plan([made], Settings(), world(**with_room(room_for(made, 2048))))
     later = make_plan([model(**(HEAVY | changes))], Settings(), again(first))
     assert later.programs[0].context > 2048
 
@@ -588,14 +557,14 @@ def test_another_file_under_the_same_key_is_chosen_for_anew(changes: dict[str, A
 )
 def test_what_the_settings_say_anew_is_chosen_for_anew(said: dict[str, Any]) -> None:
     made = model(**HEAVY)
-    first = make_plan([made], Settings(), world(**with_room(need(made, 2048))))
+    first = make_plan([made], Settings(), world(**with_room(room_for(made, 2048))))
     later = make_plan([made], Settings(models=(section("*", **said),)), again(first))
     assert later.programs[0].context == said.get("context", 32768 if "tier" in said else 16384)
 
 
 def test_a_model_enabled_by_fit_stays_so_when_one_before_it_comes() -> None:
     second = model(name="second", parameters=10**12, context_length=2048)
-    room = with_room(need(second, 2048))
+    room = with_room(room_for(second, 2048))
     first = make_plan([second], Settings(), world(**room))
     later = make_plan([model(name="newcomer"), second], Settings(), again(first, **room))
     assert "second" in enabled(later)
@@ -619,7 +588,7 @@ def test_what_ran_because_all_were_enabled_must_fit_when_that_is_over() -> None:
 def test_a_machine_with_less_memory_than_before_gets_a_smaller_context() -> None:
     made = model(**HEAVY)
     first = make_plan([made], ALL, world(devices=(host(64 * GIB),)))
-    smaller = host(need(made, 4096) + 512 * MIB)
+    smaller = host(room_for(made, 4096) + 512 * MIB)
     later = make_plan([made], ALL, again(first, devices=(smaller,)))
     assert later.programs[0].context == 4096
 
@@ -764,10 +733,14 @@ def test_applying_the_changes_leads_to_what_was_meant_and_keeps_every_edit(
 @pytest.fixture
 def deployment(tmp_path: Path) -> Deployment:
     """Laid down, with an engine that only tells what it is, and a cache elsewhere."""
-    script = tmp_path / "llama-server"
+    return laid_down(tmp_path)
+
+
+def laid_down(folder: Path) -> Deployment:
+    script = folder / "llama-server"
     script.write_text(f"#!/bin/sh\necho 'version: 1'\necho '{' '.join(sorted(FLAGS))}'\n")
     script.chmod(0o700)
-    made = Deployment(tmp_path / "prefix")
+    made = Deployment(folder / "prefix")
     deploy.initialize(made)
     return made
 
@@ -1017,6 +990,186 @@ def test_a_port_that_the_user_chose_is_not_moved(deployment: Deployment, whose: 
     with pytest.raises(ConfigError, match="port"):
         deploy.move_port(deployment, "a")
     assert conf_d(deployment) == before
+
+
+def put_large(deployment: Deployment, *names: str) -> None:
+    """Models with a context that can be cut."""
+    for seed, name in enumerate(names):
+        path = deployment.prefix.parent / "models" / f"{name}.gguf"
+        write_model(path, context=16384, seed=seed)
+
+
+def set_rung(deployment: Deployment, name: str, rung: int) -> None:
+    """The files are in place then; no supervisord is there to be told."""
+    with pytest.raises(TransientError, match="cannot reach supervisord"):
+        deploy.set_rung(deployment, name, rung)
+
+
+def test_another_rung_is_deployed_and_kept_and_nothing_else_is_touched(
+    deployment: Deployment,
+) -> None:
+    put_large(deployment, "a", "b")
+    look_and_apply(deployment)
+    before = conf_d(deployment)
+    assert "--ctx-size 16384 " in before["a.conf"]
+    set_rung(deployment, "a", 2)
+    stepped = conf_d(deployment)
+    assert stepped["a.conf"] == before["a.conf"].replace("--ctx-size 16384 ", "--ctx-size 4096 ")
+    assert stepped["b.conf"] == before["b.conf"]
+    deployed = registry.load(deployment.registry)
+    found, said = look_and_apply(deployment)
+    assert not found.changes
+    assert said == []
+    (program,) = (program for program in found.plan.programs if program.name == "a")
+    assert (program.rung, program.context) == (2, 4096)
+    assert program.reason.startswith("stepped down to context 4096; ")
+    assert _without_reasons(registry.load(deployment.registry)) == _without_reasons(deployed)
+    set_rung(deployment, "a", 0)
+    assert conf_d(deployment) == before
+
+
+def test_a_port_is_moved_on_every_rung(deployment: Deployment) -> None:
+    put_large(deployment, "a")
+    look_and_apply(deployment)
+    set_rung(deployment, "a", 1)
+    with pytest.raises(TransientError):
+        deploy.move_port(deployment, "a")
+    assert "--ctx-size 8192 " in conf_d(deployment)["a.conf"]
+    assert "--port 8101 " in conf_d(deployment)["a.conf"]
+    assert not look_and_apply(deployment)[0].changes
+
+
+@pytest.mark.parametrize(
+    ("name", "rung", "why"),
+    [("a", 4, "4 rungs"), ("a", -1, "no -1"), ("none-such", 0, "no such model")],
+)
+def test_a_rung_that_there_is_not_is_refused(
+    deployment: Deployment, name: str, rung: int, why: str
+) -> None:
+    put_large(deployment, "a")
+    look_and_apply(deployment)
+    before = conf_d(deployment)
+    with pytest.raises(ConfigError, match=why):
+        deploy.set_rung(deployment, name, rung)
+    assert conf_d(deployment) == before
+
+
+def test_a_block_edited_by_hand_stays_on_its_rung(deployment: Deployment) -> None:
+    put_large(deployment, "a")
+    look_and_apply(deployment)
+    edited = edit(deployment, "a")
+    with pytest.raises(ConfigError, match="edited by hand"):
+        deploy.set_rung(deployment, "a", 1)
+    assert conf_d(deployment)["a.conf"] == edited
+
+
+def test_a_model_that_stepped_down_to_its_fallback_finds_its_own_file_again(
+    deployment: Deployment,
+) -> None:
+    """Though it is served through a link that no block names meanwhile."""
+    put(deployment, "small")
+    put_large(deployment, "a %(b)s")
+    named = look_and_apply(deployment)[0].changes.added
+    (name,) = {*named} - {"small"}
+    settings = settings_of(deployment, models=(section(name, fallback="small"),))
+    look_and_apply(deployment, settings)
+    before = conf_d(deployment)
+    link = deployment.links / f"{name}.gguf"
+    assert str(link) in before[f"{name}.conf"]
+    program = next(p for p in registry.load(deployment.registry).programs if p.name == name)
+    assert program.ladder[-1].label == "fallback small"
+    set_rung(deployment, name, len(program.ladder) - 1)
+    assert "/small.gguf" in conf_d(deployment)[f"{name}.conf"]
+    assert link.is_symlink()
+    with pytest.raises(TransientError):
+        deploy.move_port(deployment, "small")
+    assert not look_and_apply(deployment, settings)[0].changes
+    assert link.is_symlink()
+    set_rung(deployment, name, 0)
+    assert conf_d(deployment)[f"{name}.conf"] == before[f"{name}.conf"]
+
+
+def test_a_block_edited_by_hand_is_planned_for_as_it_runs(deployment: Deployment) -> None:
+    put_large(deployment, "a")
+    look_and_apply(deployment)
+    block = deployment.block("a")
+    text = block.read_text()
+    block.write_text(text.replace("--ctx-size 16384", "-c 300").replace("--parallel 4", "-np 2"))
+    for _ in range(2):
+        (program,) = look_and_apply(deployment)[0].plan.programs
+        assert (program.context, program.parallel, program.ladder) == (300, 2, ())
+        assert program.reason.startswith("edited by hand")
+        assert "; context 300 of 16384" in program.reason
+    (program,) = look_and_apply(deployment, forced=["a"])[0].plan.programs
+    assert (program.context, program.parallel, len(program.ladder)) == (16384, 4, 4)
+
+
+@pytest.mark.parametrize(
+    "line", ["command=/bin/true", "command=/bin/sh -c 'x", "command =", "; no command"]
+)
+def test_an_edited_block_that_runs_something_else_is_planned_as_ours(
+    deployment: Deployment, line: str
+) -> None:
+    put_large(deployment, "a")
+    look_and_apply(deployment)
+    block = deployment.block("a")
+    block.write_text(re.sub("^command=.*$", line, block.read_text(), flags=re.MULTILINE))
+    (program,) = look_and_apply(deployment)[0].plan.programs
+    assert program.context == 16384
+
+
+@dataclass(frozen=True)
+class Running:
+    """A supervisord in which these programs run."""
+
+    names: tuple[str, ...]
+
+    def processes(self) -> list[Process]:
+        return [
+            Process(name, name, ProcessState.RUNNING, 4711, 1, 0, 2, 0, "", "")
+            for name in self.names
+        ]
+
+
+def test_what_our_own_models_hold_is_theirs_to_keep(deployment: Deployment) -> None:
+    """Of the host all but their weights, which are pages of files and counted as free anyhow."""
+    put_large(deployment, "a", "b")
+    look_and_apply(deployment)
+    running = cast(Supervisord, Running(("a",)))
+    before = psutil.virtual_memory()
+    found = discovery.discover(deployment, settings_of(deployment), running)
+    (program,) = (one for one in found.plan.programs if one.name == "a")
+    (part,) = program.estimate.parts
+    held = part.total_bytes - part.weights_bytes
+    (device,) = found.devices
+    assert held > 60 * MIB
+    assert abs(device.free_bytes - min(before.available + held, before.total)) < 40 * MIB
+
+
+def test_a_plan_tells_in_json_what_each_model_takes_where(
+    tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    deployment = laid_down(tmp_path_factory.mktemp("p"))
+    put_large(deployment, "a")
+    here = deployment.prefix.parent
+    deployment.settings.write_text(
+        f"[synapse]\ncache_dirs = {here}/hub\nmodel_dirs = {here}/models\n"
+        f"engine = {here}/llama-server\n"
+    )
+    assert cli.main(["--prefix", str(deployment.prefix), "plan", "--json"]) == 0
+    (told,) = json.loads(capsys.readouterr().out)["models"]
+    total = told["memory"]["estimated"]
+    assert told["memory"] == {"estimated": total, "source": "header", "devices": {"CPU": total}}
+    assert (told["rung"], told["ladder"][:2]) == (0, ["as configured", "context 8192"])
+
+
+def test_what_is_known_of_a_model_reaches_the_plan(deployment: Deployment) -> None:
+    put(deployment, "a")
+    learned = taking(7 * MIB, source=Source.LEARNED)
+    found = discovery.discover(
+        deployment, settings_of(deployment), known=lambda model, arguments: learned
+    )
+    assert found.plan.programs[0].estimate == learned
 
 
 def test_switching_a_model_on_and_off_leaves_its_block_as_it_is(deployment: Deployment) -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from supervisor_synapse.adapters import registry
 from supervisor_synapse.adapters.registry import Entry, Registry
-from supervisor_synapse.core.model import Role, Tier
+from supervisor_synapse.core.model import Estimate, Role, Tier, Variant
 from supervisor_synapse.core.plan import Choice
 from supervisor_synapse.core.settings import (
     DEFAULT_TIERS,
@@ -26,10 +26,19 @@ from supervisor_synapse.core.settings import (
     StopPolicy,
     WhenFull,
 )
-from tests.unit.builders import program, section
+from tests.unit.builders import program, section, taking
 from tests.unit.test_store import full_disk, mode, names
 
-CHOICE = Choice(8100, 4096, "CPU", fitted=True, basis="1,2", placed=True)
+CHOICE = Choice(
+    8100, 4096, "CUDA0,RPC1", fitted=True, basis="1,2", placed=True, layers=33, split=(20, 13),
+    offered="CUDA0,RPC1", rung=2, variant="abc", takes=(("CUDA0", 5), ("CPU", 7)),
+)  # fmt: skip
+
+
+RUNG = Variant(
+    "fallback c", "x", 4096, "CPU", ("--port", "1"), taking(5, "CUDA0"),
+    "/models/\udcff\u2028.gguf", "/p", ("/1",),
+)  # fmt: skip
 
 
 def entry(key: str, name: str, **changes: Any) -> Entry:
@@ -47,7 +56,7 @@ FULL = Registry(
         program(
             key="x", name="d", repo=None, tier=Tier.POWERFUL, role=Role.VISION, fallback="c",
             projector_path="/p", shards=("/1", "/2"), pinned=True, arguments=("--a", "x y"),
-            model_path="/models/\udcff\u2028.gguf",
+            model_path="/models/\udcff\u2028.gguf", rung=1, ladder=(RUNG, RUNG),
         ),
     ),
     settings=Settings(
@@ -113,6 +122,13 @@ def test_what_others_ask_of_it() -> None:
     assert FULL.digests() == {"c": ("d1", "d2"), "d": ()}
     assert FULL.paths() == {"hf:a/b:c.gguf": "/models/tiny.gguf",
                             "x": "/models/\udcff\u2028.gguf"}  # fmt: skip
+
+
+def test_a_model_on_a_rung_of_another_has_its_own_path_all_the_same() -> None:
+    rung = Variant("as configured", "x", 4096, "CPU", (), Estimate(), "/models/own.gguf")
+    lower = replace(rung, key="y", model_path="/models/other.gguf")
+    stepped = program(key="x", model_path="/models/other.gguf", ladder=(rung, lower), rung=1)
+    assert Registry(programs=(stepped,)).paths() == {"x": "/models/own.gguf"}
 
 
 def test_what_was_chosen_stands_but_not_the_port_that_went_to_another() -> None:
@@ -224,10 +240,20 @@ def test_one_of_another_version_is_set_aside_not_written_over(path: Path, versio
     assert_set_aside(path, json.dumps(_spoil("version", value=version)(saved(path))).encode())
 
 
-def test_one_from_before_a_choice_said_whether_it_was_placed_is_loaded(path: Path) -> None:
-    value = _lose("entries", KEY, "choice", "placed")(saved(path))
+@pytest.mark.parametrize(
+    ("field", "otherwise"),
+    [
+        ("placed", False), ("layers", 0), ("split", ()), ("offered", ""), ("rung", 0),
+        ("variant", ""), ("takes", ()),
+    ],
+)  # fmt: skip
+def test_one_from_before_a_choice_said_so_much_is_loaded(
+    path: Path, field: str, otherwise: object
+) -> None:
+    value = _lose("entries", KEY, "choice", field)(saved(path))
     path.write_text(json.dumps(value))
-    assert registry.load(path).choices()[KEY] == replace(CHOICE, placed=False)
+    changes: dict[str, Any] = {field: otherwise}
+    assert registry.load(path).choices()[KEY] == replace(CHOICE, **changes)
 
 
 _JSON = st.recursive(

@@ -16,44 +16,63 @@ from typing import Any
 from supervisor_synapse.adapters.gpu.readings import Reading, Unreadable
 
 
-def read() -> tuple[Reading, ...]:
+def read(library: Any = None) -> tuple[Reading, ...]:
     """Every device that the driver has; none where there is no NVIDIA driver, or not the extra.
+
+    `library`: NVML as pynvml has it, initialized; by itself it is looked for.
 
     Raises:
         Unreadable: there is a driver, and it does not answer.
     """
-    nvml = _nvml()
+    nvml = library or _nvml()
     if nvml is None:
         return ()
     try:
         handles = map(nvml.nvmlDeviceGetHandleByIndex, range(nvml.nvmlDeviceGetCount()))
         return tuple(_read_one(nvml, handle) for handle in handles)
     except nvml.NVMLError as error:
+        _nvml.cache_clear()  # a driver that came back wants to be greeted again
         raise Unreadable(f"NVML: {error}") from None
 
 
 @functools.cache
 def _nvml() -> Any:
-    """The library, initialized once for the life of this process; None where there is none."""
+    """The library, initialized once for the life of this process; None where there is none.
+
+    Raises:
+        Unreadable: there is a driver, and it does not answer.
+    """
     try:
         import pynvml
     except ImportError:
         return None
+    return initialized(pynvml)
+
+
+def initialized(nvml: Any) -> Any:
+    """The library, ready to be asked; None where this machine has no such driver.
+
+    Raises:
+        Unreadable: it has one that does not answer, as after an update until the next boot.
+    """
+    absent = (nvml.NVML_ERROR_LIBRARY_NOT_FOUND, nvml.NVML_ERROR_DRIVER_NOT_LOADED)
     try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return None
-    return pynvml
+        nvml.nvmlInit()
+    except nvml.NVMLError as error:
+        if error.value in absent:
+            return None
+        raise Unreadable(f"NVML: {error}") from None
+    return nvml
 
 
 def _read_one(nvml: Any, handle: Any) -> Reading:
     name = nvml.nvmlDeviceGetName(handle)
     memory = _memory(nvml, handle)
     processes: list[Any] = []
-    for kind in ("Compute", "Graphics"):
+    for kind in ("Compute", "Graphics", "MPSCompute"):
         try:
             processes += getattr(nvml, f"nvmlDeviceGet{kind}RunningProcesses")(handle)
-        except nvml.NVMLError:  # not on this device or by this driver: no evidence
+        except (nvml.NVMLError, AttributeError):  # not on this device, by this driver or library
             continue
     return Reading(
         name=name.decode() if isinstance(name, bytes) else str(name),
