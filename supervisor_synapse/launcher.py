@@ -17,6 +17,10 @@ that one poll waits for everything. `next_step` decides, purely; `Launcher` carr
   A stranger is never killed for a port; the line says who holds it. With `--record FILE` each run
   is named in FILE while it lasts; what a run left behind whose launcher was killed is ended by the
   next: it stands in that run's process group, is ours, and carries FILE in its environment.
+- With `--ledger FILE` a model that the listener has not admitted starts only where its memory is
+  left by the listener's word; a living listener's word in FILE, else the start goes ahead. What is
+  taken is claimed in FILE.claims until the listener counts it, so that two starts by hand do not
+  both get the same memory.
 - New requests cannot be kept out from here: under steady traffic only a gateway in front can
   drain fully. HUP, USR1 and USR2 are passed on to the server.
 - On Linux it stops when its parent dies, the server is killed when it dies itself, and whatever
@@ -57,6 +61,7 @@ if TYPE_CHECKING:
 # Exit statuses of our own, numbered as in <sysexits.h>; llama-server itself uses 0 and 1.
 EXIT_USAGE = 64  # our command line is wrong
 EXIT_MODEL_MISSING = 66  # a model or projector file is missing or cannot be read
+EXIT_NO_MEMORY = 69  # by the listener's ledger, the model does not fit now
 EXIT_OS_ERROR = 71  # no process could be made, or one could not be killed
 EXIT_ENGINE_MISSING = 72  # llama-server is missing or cannot be executed
 EXIT_PORT_IN_USE = 75  # someone else listens there
@@ -75,9 +80,11 @@ _LONGEST_LINE = 4000  # bytes; a pipe that is ready takes 4096 at once
 _LARGEST_REPLY_BYTES = 1 << 20
 _LARGEST_KEY_FILE_BYTES = 1 << 16
 _LONGEST_KEY = 4096
+_LARGEST_LEDGER_BYTES = 1 << 20  # 200 models take 40 KiB
+_LOCK_SECONDS = 1.0  # a claim takes a millisecond
 
 _USAGE = (
-    "usage: synapse-run [--drain SECONDS] [--term SECONDS] [--record FILE] "
+    "usage: synapse-run [--drain SECONDS] [--term SECONDS] [--record FILE [--ledger FILE]] "
     "-- LLAMA_SERVER [ARGUMENT ...]"
 )
 
@@ -343,11 +350,12 @@ class Command(NamedTuple):
     policy: Policy
     server: Server
     record: str  # "": none is kept
+    ledger: str  # "": nobody is asked whether there is memory
 
 
 def parse_command(words: Sequence[str], environment: Mapping[str, str]) -> Command:
     """Our own command line: options up to `--`, then the server's (StartError: `EXIT_USAGE`)."""
-    said = {"--drain": "", "--term": "", "--record": ""}
+    said = {"--drain": "", "--term": "", "--record": "", "--ledger": ""}
     rest = list(words)
     while rest and rest[0] != "--":
         name, equals, value = rest.pop(0).partition("=")
@@ -360,12 +368,15 @@ def parse_command(words: Sequence[str], environment: Mapping[str, str]) -> Comma
         said[name] = value
     if len(rest) < 2:
         raise StartError(EXIT_USAGE, f"no server to run; {_USAGE}")
+    if said["--ledger"] and not said["--record"]:
+        raise StartError(EXIT_USAGE, f"--ledger takes a --record, which names the model; {_USAGE}")
     usual = Policy()
     policy = Policy(
         _seconds("--drain", said["--drain"] or str(usual.drain_seconds)),
         _seconds("--term", said["--term"] or str(usual.term_seconds)),
     )
-    return Command(policy, parse_server(rest[1:], environment), said["--record"])
+    server = parse_server(rest[1:], environment)
+    return Command(policy, server, said["--record"], said["--ledger"])
 
 
 def _seconds(name: str, text: str) -> float:
@@ -481,6 +492,192 @@ def _holders(port: int) -> str:
     names = [f"pid {pid} ({_read(f'/proc/{pid}/comm').decode(errors='replace').strip()!a})"
              for pid in sorted(_processes()) if sockets.intersection(_open_files(pid))]  # fmt: skip
     return "already in use" + (f" by {', '.join(names)}" if names else "")
+
+
+# --- memory, by the listener's word ----------------------------------------------------------
+
+_LEDGER_VERSION = 1
+
+
+class Claim(NamedTuple):
+    """What a launcher has taken that started a model by hand."""
+
+    pid: int
+    started: int  # see `ticks_of`
+    needs: Mapping[str, int]  # bytes by device
+
+
+class Word(NamedTuple):
+    """What the ledger says about a model that the listener has not admitted."""
+
+    listener: tuple[int, int]  # pid, started
+    needs: Mapping[str, int]  # bytes by device
+    room: Mapping[str, int]  # bytes by device; a device that is missing could not be read
+    counted: frozenset[tuple[int, int]]  # launchers whose models `room` knows of: pid, started
+    could_stop: str
+
+
+def require_memory(ledger: str, model: str) -> None:
+    """Claim the memory of a model that was not admitted (StartError: there is not enough).
+
+    The ledger is read again under the lock: while that was waited for, it may have been rewritten.
+    """
+    if read_word(ledger, model) is None:
+        return
+    lock = take_lock(f"{ledger}.lock")
+    if lock is None:
+        return
+    try:
+        word = read_word(ledger, model)
+        if word is not None:
+            _claim(f"{ledger}.claims", word, model)
+    finally:
+        os.close(lock)
+
+
+def _claim(path: str, word: Word, model: str) -> None:
+    us = os.getpid()
+    claims = [claim for claim in parse_claims(_read(path, _LARGEST_LEDGER_BYTES))
+              if claim.pid != us and is_alive(claim.pid, claim.started)]  # fmt: skip
+    if lacks := what_lacks(word, claims):
+        raise StartError(EXIT_NO_MEMORY, refusal(model, lacks, word.could_stop))
+    write_claims(path, [*claims, Claim(us, ticks_of(us), word.needs)])
+
+
+def model_of(record: str) -> str:
+    """The model's name, by which the ledger knows it: its record is `NAME.run`."""
+    return os.path.basename(record).removesuffix(".run")
+
+
+def read_word(ledger: str, model: str) -> Word | None:
+    """What a living listener says about the model; None: nothing against a start."""
+    text = _read(ledger, _LARGEST_LEDGER_BYTES + 1)
+    word = parse_ledger(text, model) if 0 < len(text) <= _LARGEST_LEDGER_BYTES else None
+    return word if word is not None and is_alive(*word.listener) else None
+
+
+def parse_ledger(text: bytes, model: str) -> Word | None:
+    """What a ledger says; None: the model was admitted or is not in it, or it makes no sense."""
+    ledger = _json(text)
+    try:
+        entry = ledger["models"][model]
+        if _whole(ledger["version"]) != _LEDGER_VERSION or entry["admitted"] is not False:
+            return None
+        listener = ledger["listener"]
+        return Word(
+            listener=_process(listener["pid"], listener["started"]),
+            needs=_by_device(entry["needs"], least=0),
+            room=_by_device(ledger["room"], least=-_LARGEST_NUMBER),
+            counted=frozenset(_process(pid, started) for pid, started in ledger["counted"]),
+            could_stop=entry["could_stop"] + "",
+        )
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return None
+
+
+def parse_claims(text: bytes) -> list[Claim]:
+    """The claims of a file, without those that make no sense."""
+    found = _json(text)
+    claims = []
+    for claim in found if isinstance(found, list) else ():
+        with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
+            pid, started = _process(claim["pid"], claim["started"])
+            claims.append(Claim(pid, started, _by_device(claim["needs"], least=0)))
+    return claims
+
+
+_LARGEST_NUMBER = (1 << 63) - 1
+
+
+def _process(pid: Any, started: Any) -> tuple[int, int]:
+    return _whole(pid, 1, (1 << 31) - 1), _whole(started)
+
+
+def _by_device(sizes: Any, least: int) -> dict[str, int]:
+    return {device: _whole(size, least) for device, size in sizes.items()}
+
+
+def _whole(value: Any, least: int = 0, most: int = _LARGEST_NUMBER) -> int:
+    if type(value) is int and least <= value <= most:  # True is an int as well
+        return value
+    raise ValueError
+
+
+def what_lacks(word: Word, claims: Iterable[Claim]) -> list[str]:
+    """Where a model does not fit beside the claims of others, in words; empty: it fits."""
+    unseen = [claim for claim in claims if (claim.pid, claim.started) not in word.counted]
+    lacks = []
+    for device, need in word.needs.items():
+        if device not in word.room:
+            if need:
+                lacks.append(f"{-(-need >> 20)} MiB on {device}, whose memory could not be read")
+            continue
+        left = word.room[device] - sum(claim.needs.get(device, 0) for claim in unseen)
+        if need > max(0, left):  # rounded so that the words show it too
+            lacks.append(f"{-(-need >> 20)} MiB on {device}, {max(0, left) >> 20} MiB left")
+    return lacks
+
+
+def refusal(model: str, lacks: Iterable[str], could_stop: str) -> str:
+    """The line about it, in printable ASCII whatever the names are."""
+    line = f"{model} does not fit: needs {' and '.join(lacks)}"
+    line += f"; could be stopped: {could_stop}" if could_stop else ""
+    return "".join(letter if " " <= letter <= "~" else "?" for letter in line)
+
+
+def take_lock(path: str) -> int | None:
+    """What holds the lock until it is closed; None: it is not to be had within a second."""
+    import fcntl  # seldom needed
+
+    try:
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        fd = os.open(path, flags, 0o600)
+    except OSError:
+        return None
+    until = time.monotonic() + _LOCK_SECONDS
+    while stat.S_ISREG(os.fstat(fd).st_mode):
+        with contextlib.suppress(OSError):
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return fd
+        if time.monotonic() >= until:
+            break
+        time.sleep(0.01)
+    os.close(fd)
+    return None
+
+
+def write_claims(path: str, claims: Iterable[Claim]) -> None:
+    """Replace the claims, under the lock. Made anew, so that no link leads the writing astray."""
+    import json
+
+    temporary = f"{path}.new"
+    text = json.dumps([claim._asdict() for claim in claims])
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        with open(os.open(temporary, flags, 0o600), "w", encoding="ascii") as file:
+            file.write(text)
+        os.replace(temporary, path)
+    except OSError:  # a full disk costs only this
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+
+
+def is_alive(pid: int, started: int) -> bool:
+    """Whether that very process lives; where there is no /proc, one of that number."""
+    if sys.platform == "linux":
+        return ticks_of(pid) == started > 0
+    try:
+        os.kill(pid, 0)
+    except OSError:
+        return False
+    return True
+
+
+def ticks_of(pid: int) -> int:
+    """When a process was started, in clock ticks since the boot; 0: it has ended, or no /proc."""
+    return int(_start_of(pid) or 0) if sys.platform == "linux" else 0
 
 
 # --- what an earlier run left behind ---------------------------------------------------------
@@ -722,7 +919,7 @@ def is_sleeping(body: bytes) -> bool:
 
 
 def _json(text: bytes) -> Any:
-    import json  # only while draining: in all the time before it would only take memory
+    import json  # seldom needed: the rest of the time it would only take memory
 
     try:
         return json.loads(text)
@@ -1099,7 +1296,10 @@ def main() -> int:
         command = parse_command(arguments, os.environ)
         for orphan in end_orphans(command.record) if command.record else ():
             say(f"ended pid {orphan}, which an earlier run had left behind")
-        status = _launch(command, preflight(command.server))
+        address = preflight(command.server)
+        if command.ledger:
+            require_memory(command.ledger, model_of(command.record))
+        status = _launch(command, address)
     except StartError as error:
         say(str(error))
         return error.status

@@ -205,6 +205,7 @@ def _command(program: Program, around: Surroundings) -> tuple[str, ...]:
         "--drain", str(around.stop.drain_seconds),
         "--term", str(around.stop.term_seconds),
         "--record", _plain(f"{around.run_folder}/{program.name}.run"),
+        "--ledger", _plain(f"{around.run_folder}/ledger.json"),
         "--", _plain(around.engine), "--model", program.model_path, *projector, *program.arguments,
     )  # fmt: skip
 

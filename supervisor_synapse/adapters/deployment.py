@@ -106,6 +106,11 @@ class Deployment:
         return self.run / "supervisord.pid"
 
     @property
+    def ledger(self) -> Path:
+        """The listener's word about memory; the launchers' claims stand beside it."""
+        return self.run / "ledger.json"
+
+    @property
     def discovery_lock(self) -> Path:
         return self.run / "discover.lock"
 

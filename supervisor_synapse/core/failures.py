@@ -42,6 +42,7 @@ _PATTERNS = tuple((kind, re.compile(text, re.IGNORECASE)) for kind, text in _TEX
 _STATUSES = {
     64: FailureClass.BAD_ARGUMENT,
     66: FailureClass.MODEL_MISSING,
+    69: FailureClass.OUT_OF_MEMORY,
     72: FailureClass.BAD_ARGUMENT,
     75: FailureClass.PORT_IN_USE,
 }
