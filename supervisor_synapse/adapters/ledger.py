@@ -22,7 +22,9 @@ class Process:
     """A process, and not another one that has got its number since."""
 
     pid: int
-    started: int  # clock ticks since the boot, field 22 of /proc/PID/stat; 0 where there is no /proc
+    started: (
+        int  # clock ticks since the boot, field 22 of /proc/PID/stat; 0 where there is no /proc
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -176,9 +176,7 @@ def _starts(
             actions += making
             continue
         places -= 1
-        ledger = ledger.with_one(
-            Commitment(one.name, one.claim.deployed.needs, is_loading=True)
-        )
+        ledger = ledger.with_one(Commitment(one.name, one.claim.deployed.needs, is_loading=True))
         after[one.name] = _asked(after[one.name], now)
         actions.append(Start(one.name, after[one.name].reason))
     return actions, ledger
@@ -249,7 +247,9 @@ def _short(
             names = admission.victims(ledger, needs, one.claim.priority, idle)
             if names:
                 after[one.name] = _pending(state, f"{words}; {', '.join(names)} makes room")
-                evicted = [_evict(name, after, f"makes room for {one.name}") for name in names]
+                evicted: list[Action] = [
+                    _evict(name, after, f"makes room for {one.name}") for name in names
+                ]
                 return evicted, ledger.with_one(Commitment(one.name, needs, is_loading=True))
         case WhenFull.REFUSE:
             refused = f"refused: {words}; enable it when there is room"

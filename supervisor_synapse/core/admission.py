@@ -2,8 +2,8 @@
 
 Two bounds hold on each device, and the smaller one counts, since neither is enough alone:
 
-    measured free − what running models have still to take − reserve
-    total − everything of ours that is committed − reserve
+    measured free - what running models have still to take - reserve
+    total - everything of ours that is committed - reserve
 
 What is free does not fall for weights that are mapped from a file, nor on devices that are read
 through others; what is committed does not see strangers. A device that cannot be read admits
@@ -13,9 +13,10 @@ nothing. Bytes throughout.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
-from supervisor_synapse.core.model import DeviceReading
+from supervisor_synapse.core.estimate import margin_bytes
+from supervisor_synapse.core.model import DeviceReading, Estimate
 from supervisor_synapse.core.plan import mib
 from supervisor_synapse.core.settings import Reserve
 
@@ -29,6 +30,15 @@ class Rung:
 
     label: str = "as configured"
     needs: tuple[tuple[str, int], ...] = ()
+
+
+def needs_of(estimate: Estimate) -> tuple[tuple[str, int], ...]:
+    """What must be left of each device, by an estimate and the margin that its source takes."""
+    return tuple(
+        (part.device, part.total_bytes + margin_bytes(estimate, part.device))
+        for part in estimate.parts
+        if part.total_bytes
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +105,7 @@ class Ledger:
 
     readings: tuple[DeviceReading, ...] = ()
     commitments: tuple[Commitment, ...] = ()
-    reserve: Reserve = Reserve()
+    reserve: Reserve = field(default_factory=Reserve)
 
     def room(self, device: str) -> int | None:
         """What may still be given away; None: nothing is known of this device."""

@@ -16,6 +16,7 @@ from supervisor_synapse.core.probes import Verdict
 from supervisor_synapse.core.restarts import Restarts
 from supervisor_synapse.core.settings import Reserve, RestartPolicy, WhenFull
 
+
 @dataclass(frozen=True, slots=True)
 class Seen:
     """What one look found of one model."""
@@ -142,7 +143,7 @@ class Policy:
 
     max_parallel: int = 3
     restart: RestartPolicy = field(default_factory=RestartPolicy)
-    reserve: Reserve = Reserve()
+    reserve: Reserve = field(default_factory=Reserve)
     when_full: WhenFull = WhenFull.DEGRADE
     climb_after_seconds: float = 60.0
     overcommit_sleepers: bool = False
@@ -164,4 +165,4 @@ class Decision:
     states: Mapping[str, ModelState]
     actions: tuple[Action, ...]
     transitions: tuple[Transition, ...]
-    ledger: Ledger = Ledger()
+    ledger: Ledger = field(default_factory=Ledger)
