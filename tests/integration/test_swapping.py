@@ -90,8 +90,7 @@ def tight_deployment(llama_server: Engine) -> Iterator[Deployment]:
         _add(deployment)
         deployment.synapse("init")
         (need, *_) = {
-            program["memory"]["devices"]["RPC0"]
-            for program in deployment.plan()["models"]
+            program["memory"]["devices"]["RPC0"] for program in deployment.plan()["models"]
         }
         device.total_bytes = need * 3 // 2
         deployment.synapse("up", "--detach")

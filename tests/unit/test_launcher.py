@@ -405,15 +405,22 @@ def test_the_servers_command_line_says_where_it_listens(
 
 def test_the_servers_words_are_kept_as_they_are() -> None:
     words = ["--drain=1.5", "--term", "0", "--", "llama-server", "--", "--drain", "x y", "ä\n"]
-    policy, found, record = launcher.parse_command(words, {})
+    policy, found, record, ledger = launcher.parse_command(words, {})
     assert policy == Policy(1.5, 0.0)
     assert found.argv == ("llama-server", "--", "--drain", "x y", "ä\n")
-    assert record == ""
+    assert (record, ledger) == ("", "")
 
 
 @pytest.mark.parametrize("words", [["--record", "/r/a b.run"], ["--record=/r/a b.run"]])
 def test_the_file_that_names_a_run_is_known(words: list[str]) -> None:
     assert launcher.parse_command([*words, "--", "x"], {}).record == "/r/a b.run"
+
+
+def test_the_ledger_is_asked_about_the_model_that_the_record_names() -> None:
+    command = launcher.parse_command(["--record", "/r/a.b.run", "--ledger=/r/l", "--", "x"], {})
+    assert (launcher.model_of(command.record), command.ledger) == ("a.b", "/r/l")
+    with pytest.raises(StartError):
+        launcher.parse_command(["--ledger=/r/l", "--", "x"], {})
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,7 @@ def command_of(meant: Program) -> list[str]:
     projector = ["--mmproj", meant.projector_path] if meant.projector_path is not None else []
     return [
         *LAUNCHER, "--drain", "30", "--term", "2", "--record", f"{RUN_FOLDER}/{meant.name}.run",
+        "--ledger", f"{RUN_FOLDER}/ledger.json",
         "--", ENGINE, "--model", meant.model_path, *projector, *meant.arguments,
     ]  # fmt: skip
 
