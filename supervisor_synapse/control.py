@@ -267,10 +267,12 @@ class Listener:
     # --- act and tell -----------------------------------------------------------------------------
 
     async def _tell_launchers(self, seen: Sequence[Seen], decision: Decision) -> None:
+        """What somebody else started is up to its launcher until it is ready: that asks for it."""
         claims = {one.name: one.claim for one in seen}
-        pids = [one.incarnation.pid for one in seen if one.incarnation is not None]
-        admitted = frozenset(one.name for one in decision.ledger.commitments)
-        await self._memory.tell(decision.ledger, claims, admitted, pids)
+        up = {one.name: one.incarnation.pid for one in seen if one.incarnation is not None}
+        asking = frozenset(name for name in up if _is_strange(decision.states[name]))
+        counted = [pid for name, pid in up.items() if name not in asking]
+        await self._memory.tell(decision.ledger.without_claims_of(asking), claims, counted)
 
     async def _act(self, decision: Decision) -> None:
         if any(isinstance(action, Stop) for action in decision.actions) and self._saving:
@@ -364,6 +366,11 @@ class Listener:
         Only what a command must be sure of is waited for: a slow disk delays no start.
         """
         return await asyncio.get_running_loop().run_in_executor(self._disk_thread, function)
+
+
+def _is_strange(state: ModelState) -> bool:
+    """Whether its run was not started by us, and has not become ready yet."""
+    return not state.was_ready and (state.asked_at is None or state.started_at != state.asked_at)
 
 
 def _now() -> Now:

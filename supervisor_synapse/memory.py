@@ -32,7 +32,6 @@ from supervisor_synapse.core.model import (
     DeviceReading,
     Engine,
     Estimate,
-    FileIdentity,
     Incarnation,
     Program,
     Variant,
@@ -268,13 +267,15 @@ class Memory:
         self,
         found: Ledger,
         claims: Mapping[str, Claim],
-        admitted: frozenset[str],
-        pids: Sequence[int],
+        counted: Sequence[int],
     ) -> None:
         """Write down what may start now; before anything that was admitted is started.
 
+        `counted`: the launchers whose models the ledger knows of.
+
         A launcher that finds no word goes ahead, so where it cannot be written none is left.
         """
+        admitted = {one.name for one in found.commitments}
         entries = {
             name: _entry(found, claim, is_admitted=name in admitted)
             for name, claim in claims.items()
@@ -283,7 +284,7 @@ class Memory:
         word = ledger.Ledger(
             ledger.process_of(os.getpid()),
             {name: room // MIB * MIB for name, room in rooms.items() if room is not None},
-            tuple(ledger.process_of(pid) for pid in pids),
+            tuple(ledger.process_of(pid) for pid in counted),
             entries,
         )
         if word != self._told:
@@ -329,13 +330,7 @@ def _key(
     files: Sequence[str], arguments: Sequence[str], engine: Engine, devices: Sequence[Device]
 ) -> str | None:
     """Names what a footprint holds for; None where a file cannot be looked at."""
-    try:
-        identities = [_identity(path) for path in files]
-    except OSError:
+    identities = footprints.identities(files)
+    if not identities:
         return None
     return footprints.footprint_key(identities, arguments, engine.version, devices)
-
-
-def _identity(path: str) -> FileIdentity:
-    status = os.stat(path)
-    return FileIdentity(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)

@@ -135,6 +135,12 @@ class Ledger:
     def with_one(self, commitment: Commitment) -> Ledger:
         return replace(self, commitments=(*self.commitments, commitment))
 
+    def without_claims_of(self, names: Iterable[str]) -> Ledger:
+        """As if nothing were set aside for these models; what they hold stays taken."""
+        gone = frozenset(names)
+        kept = tuple(one for one in self.commitments if one.name not in gone)
+        return replace(self, commitments=kept)
+
     def without(self, names: Iterable[str]) -> Ledger:
         """As if these models were gone and what they hold were free."""
         gone = frozenset(names)
