@@ -281,11 +281,17 @@ def _stop_everything(deployment: Deployment, settings: Settings, interrupts: Int
 def _listen(deployment: Deployment, _: argparse.Namespace) -> int:
     from supervisor_synapse import control
     from supervisor_synapse.adapters import processes
+    from supervisor_synapse.effects import Deployer
 
     def move_port(name: str) -> None:
         from supervisor_synapse import deploy  # seldom needed, and not small
 
         deploy.move_port(deployment, name)
+
+    def set_rung(name: str, rung: int) -> None:
+        from supervisor_synapse import deploy
+
+        deploy.set_rung(deployment, name, rung)
 
     try:
         deployments.require_laid_down(deployment)
@@ -293,7 +299,7 @@ def _listen(deployment: Deployment, _: argparse.Namespace) -> int:
         processes.die_with_parent()
         time.sleep(_REFUSED_LISTENER_SECONDS)  # else supervisord would try again at once
         raise
-    control.listen(deployment, move_port)
+    control.listen(deployment, Deployer(move_port, set_rung))
     return 0
 
 

@@ -15,8 +15,8 @@ from supervisor_synapse.adapters import intent, journal, store
 from supervisor_synapse.adapters.deployment import Deployment
 from supervisor_synapse.adapters.supervisord import Request
 from supervisor_synapse.core import swap as swaps
-from supervisor_synapse.core.decide import ModelState
 from supervisor_synapse.core.model import AT_REST, Phase, Program
+from supervisor_synapse.core.state import ModelState
 from supervisor_synapse.core.swap import Outcome, Swap
 from supervisor_synapse.errors import SynapseError
 from supervisor_synapse.observe import Wanted
@@ -142,7 +142,9 @@ class Commands:
             case "enable" | "disable":
                 enable = request.verb == "enable"
                 self._save_intent({**self._intent, name: enable}, programs)
-                states = _with(states, name, resume=enable, is_by_hand=False, drain=False)
+                states = _with(
+                    states, name, resume=enable, is_by_hand=False, drain=False, is_refused=False
+                )
                 return states, Answer(request.id, True, f"{name}: {request.verb}d")
             case "drain":
                 if _phase(states, name) in _NOT_SERVING:
@@ -260,7 +262,7 @@ class Commands:
 def _ask(states: States, swap: Swap, name: str) -> States:
     """The states with what a step of a swap asks of one of its two models."""
     if swap.wants(name):
-        return _with(states, name, resume=True, drain=False)
+        return _with(states, name, resume=True, drain=False, is_refused=False)
     # What was stopped by hand stays so, whatever becomes of the swap.
     return _with(states, name, resume=False, is_by_hand=_phase(states, name) is Phase.STOPPED)
 

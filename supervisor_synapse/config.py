@@ -15,6 +15,7 @@ import shlex
 import stat
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -59,7 +60,6 @@ _OWNED_ARGUMENTS = {
         ("-np --parallel", "set parallel here"),
         ("-ngl --gpu-layers --n-gpu-layers", "set gpu_layers here"),
         ("-dev --device", "set device here"),
-        ("--rpc", "set rpc in [synapse]"),
         ("--sleep-idle-seconds", "set sleep_idle_seconds here"),
         ("--api-key", _KEYS_SHOW + "use --api-key-file"),
         ("-hft --hf-token", _KEYS_SHOW + "set HF_TOKEN where supervisord is started"),
@@ -195,6 +195,18 @@ _Seconds = Annotated[float, Field(gt=0, le=86400)]
 _WholeSeconds = Annotated[int, Field(ge=0, le=86400)]
 
 
+def _endpoints_in(rules: Iterable[ModelRule]) -> tuple[str, ...]:
+    """Devices of others that `args` of some models name, where `rpc` names none."""
+    found: dict[str, None] = {}
+    for rule in rules:
+        words = rule.settings.args or ()
+        for word, following in zip_longest(words, words[1:], fillvalue=""):
+            flag, has_value, value = word.partition("=")
+            if flag == "--rpc":
+                found |= dict.fromkeys((value if has_value else following).split(","))
+    return tuple(endpoint for endpoint in found if endpoint)
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
@@ -210,6 +222,8 @@ class _Synapse(_Section):
     max_parallel: Annotated[int, Field(ge=1, le=64)] = 3
     memory_reserve: Annotated[Reserve, _from_text(_parse_reserve)] = Reserve()
     when_full: WhenFull = WhenFull.DEGRADE
+    climb_after_seconds: Annotated[int, Field(ge=1, le=86400)] = 60
+    overcommit_sleepers: bool = False
 
 
 class _Probe(_Section):
@@ -470,10 +484,13 @@ def _settings(
     first_port, last_port = synapse.port_range
     return Settings(
         cache_dirs=synapse.cache_dirs, model_dirs=synapse.model_dirs, engine=synapse.engine,
-        rpc=synapse.rpc, first_port=first_port, last_port=last_port, host=synapse.host,
+        rpc=synapse.rpc or _endpoints_in(rules), first_port=first_port, last_port=last_port,
+        host=synapse.host,
         enable=synapse.enable,
         max_parallel=synapse.max_parallel, memory_reserve=synapse.memory_reserve,
-        when_full=synapse.when_full, probe=ProbePolicy(**fixed["probe"].model_dump()),
+        when_full=synapse.when_full, climb_after_seconds=synapse.climb_after_seconds,
+        overcommit_sleepers=synapse.overcommit_sleepers,
+        probe=ProbePolicy(**fixed["probe"].model_dump()),
         restart=RestartPolicy(**fixed["restart"].model_dump()),
         stop=StopPolicy(**fixed["stop"].model_dump()), tiers=tiers, models=rules,
     )  # fmt: skip

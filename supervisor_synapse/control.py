@@ -15,9 +15,9 @@ import os
 import random
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeVar
 
@@ -25,21 +25,15 @@ from supervisor_synapse import effects
 from supervisor_synapse.adapters import history, processes, registry, states, store
 from supervisor_synapse.adapters.deployment import Deployment
 from supervisor_synapse.adapters.events import Connection, Event
-from supervisor_synapse.adapters.gpu import cpu, drivers
 from supervisor_synapse.adapters.registry import Registry
 from supervisor_synapse.adapters.supervisord import Supervisord
 from supervisor_synapse.commands import Answer, Commands
-from supervisor_synapse.core.decide import (
-    Decision,
-    ModelState,
-    Now,
-    Policy,
-    Seen,
-    Transition,
-    decide,
-)
-from supervisor_synapse.core.model import UNDER_WAY, Phase, Program, Row, Snapshot
+from supervisor_synapse.core.admission import Ledger
+from supervisor_synapse.core.decide import decide
+from supervisor_synapse.core.model import UNDER_WAY, Estimate, Phase, Program, Row, Snapshot
+from supervisor_synapse.core.state import Decision, ModelState, Now, Policy, Seen, Stop, Transition
 from supervisor_synapse.errors import ShuttingDown, TransientError
+from supervisor_synapse.memory import Memory, Run
 from supervisor_synapse.observe import Observer, Watched, planned, slots_busy
 
 _RPC_TIMEOUT_SECONDS = 5.0
@@ -73,7 +67,7 @@ class Listener:
     def __init__(
         self,
         deployment: Deployment,
-        move_port: effects.PortMover,
+        deployer: effects.Deployer,
         stdin: int = 0,
         stdout: int = 1,
     ) -> None:
@@ -82,9 +76,11 @@ class Listener:
         self._rpc = Supervisord(deployment.socket, _RPC_TIMEOUT_SECONDS)
         self._rpc_thread = ThreadPoolExecutor(1, "rpc")
         self._disk_thread = ThreadPoolExecutor(1, "disk")
-        self._effects = effects.Effects(self._rpc, os.getppid(), move_port)
+        self._effects = effects.Effects(self._rpc, os.getppid(), deployer)
         self._wake = asyncio.Event()
         self._observer = Observer(self._wake.set)
+        self._memory = Memory(deployment)
+        self._ledger = Ledger()
         self._end: str | None = None
         self._world = _World()
         self._boot = states.boot_id()
@@ -114,6 +110,7 @@ class Listener:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), self._pause())
         self._observer.close()
+        self._memory.close()
         with contextlib.suppress(TimeoutError):  # what waits for the disk stands before this
             await asyncio.wait_for(self._to_disk(lambda: None), _LAST_WRITE_SECONDS)
         _log.info("ended", extra={"reason": self._end})
@@ -154,10 +151,12 @@ class Listener:
             self._forgive_blindness()
             await self._heed_requests()
             seen = await self._observe()
-            decision = decide(self._states, seen, _now(), self._policy())
+            decision = decide(self._states, seen, _now(), self._policy(), self._memory.readings)
             self._states = decision.states
+            self._ledger = decision.ledger
             self._remember()
             self._record(decision.transitions)
+            await self._tell_launchers(seen, decision)
             await self._act(decision)
             await self._publish(seen)
         except ShuttingDown as error:
@@ -169,7 +168,10 @@ class Listener:
 
     def _policy(self) -> Policy:
         settings = self._world.registry.settings
-        return Policy(settings.max_parallel, settings.restart)
+        return Policy(
+            settings.max_parallel, settings.restart, settings.memory_reserve, settings.when_full,
+            settings.climb_after_seconds, settings.overcommit_sleepers,
+        )  # fmt: skip
 
     def _read_registry(self) -> None:
         try:
@@ -199,7 +201,30 @@ class Listener:
         wanted = {program.name: self._commands.wanted(program) for program in programs}
         policy = self._world.registry.settings.probe
         devices = self._world.registry.devices
-        return await self._observer.look(programs, found, wanted, self._states, policy, devices)
+        seen = await self._observer.look(programs, found, wanted, self._states, policy, devices)
+        await self._look_at_memory(programs)
+        by_name = {program.name: program for program in programs}
+        return [self._with_claim(one, by_name[one.name]) for one in seen]
+
+    async def _look_at_memory(self, programs: Iterable[Program]) -> None:
+        runs = {}
+        for program in programs:
+            watched = self._observer.watched(program.name)
+            if watched is not None:
+                runs[program.name] = Run(
+                    program, watched.incarnation, watched.live.was_ready, watched.loaded
+                )
+        is_awaited = any(
+            state.phase in (Phase.PENDING, Phase.DEFERRED) for state in self._states.values()
+        )
+        await self._memory.look(
+            self._world.registry, self._world.stamp, runs, self._observer.leaving,
+            is_awaited=is_awaited,
+        )  # fmt: skip
+
+    def _with_claim(self, seen: Seen, program: Program) -> Seen:
+        held = self._memory.held(program.name, seen.incarnation)
+        return replace(seen, claim=replace(self._memory.claim(program), held=held))
 
     # --- commands ---------------------------------------------------------------------------------
 
@@ -236,21 +261,22 @@ class Listener:
         await self._call(partial(self._rpc.answer, answer.command, answer.ok, answer.message))
 
     def _fits(self, program: Program) -> bool:
-        """Whether a program finds memory beside all that runs now; where nobody tells, it does not.
-
-        The engine could tell too, but takes seconds for it, in which nothing else would be done.
-        """
-        registry = self._world.registry
-        for device in registry.devices:
-            if device.name == program.device:
-                now = cpu.read() if device.is_host else drivers.read(device)
-                reserve = registry.settings.memory_reserve.of(device.total_bytes)
-                return now is not None and program.estimate_bytes <= now.free_bytes - reserve
-        return False
+        """Whether a program finds memory beside all that is committed now."""
+        return not self._ledger.shortages(self._memory.claim(program).deployed.needs)
 
     # --- act and tell -----------------------------------------------------------------------------
 
+    async def _tell_launchers(self, seen: Sequence[Seen], decision: Decision) -> None:
+        """What somebody else started is up to its launcher until it is ready: that asks for it."""
+        claims = {one.name: one.claim for one in seen}
+        up = {one.name: one.incarnation.pid for one in seen if one.incarnation is not None}
+        asking = frozenset(name for name in up if _is_strange(decision.states[name]))
+        counted = [pid for name, pid in up.items() if name not in asking]
+        await self._memory.tell(decision.ledger.without_claims_of(asking), claims, counted)
+
     async def _act(self, decision: Decision) -> None:
+        if any(isinstance(action, Stop) for action in decision.actions) and self._saving:
+            await self._saving  # a model that we stop for a while must not look stopped by hand
         for action in decision.actions:
             refusal = await self._call(partial(self._effects.perform, action))
             if refusal:
@@ -325,7 +351,7 @@ class Listener:
         return tuple(
             _row(
                 programs[one.name], one, self._states[one.name], self._observer.watched(one.name),
-                generation, now,
+                self._memory.estimate(programs[one.name]), generation, now,
             )
             for one in seen
         )  # fmt: skip
@@ -340,6 +366,11 @@ class Listener:
         Only what a command must be sure of is waited for: a slow disk delays no start.
         """
         return await asyncio.get_running_loop().run_in_executor(self._disk_thread, function)
+
+
+def _is_strange(state: ModelState) -> bool:
+    """Whether its run was not started by us, and has not become ready yet."""
+    return not state.was_ready and (state.asked_at is None or state.started_at != state.asked_at)
 
 
 def _now() -> Now:
@@ -370,6 +401,7 @@ def _row(
     seen: Seen,
     state: ModelState,
     watched: Watched | None,
+    estimate: Estimate,
     generation: int,
     now: float,
 ) -> Row:
@@ -380,8 +412,8 @@ def _row(
         role=program.role, enabled=seen.enabled, phase=state.phase, reason=state.reason,
         state=seen.state, pid=seen.incarnation.pid if seen.incarnation else 0, port=served.port,
         url=served.url, alias=served.alias, context=served.context, parallel=served.parallel,
-        device=program.device, estimated_bytes=program.estimate_bytes,
-        estimate_source=program.estimate_source,
+        device=program.device, estimated_bytes=estimate.total_bytes,
+        estimate_source=estimate.source.value,
         measured_bytes=watched.memory_bytes if watched else None,
         slots_busy=slots_busy(watched) if watched else None, slots_total=served.parallel,
         restarts=state.restarts, ready_seconds=state.ready_seconds if seen.incarnation else None,
@@ -413,14 +445,14 @@ def _shown(value: object) -> str:
     return text if text.isascii() and text.isprintable() and " " not in text else ascii(text)
 
 
-def listen(deployment: Deployment, move_port: effects.PortMover) -> None:
+def listen(deployment: Deployment, deployer: effects.Deployer) -> None:
     """Run the listener on stdin and stdout, as supervisord starts it. Logs go to stderr."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_KeyValueFormatter())
     _log.addHandler(handler)
     _log.setLevel(logging.INFO)
     processes.die_with_parent()  # also when frozen, where no end of stdin would be noticed
-    asyncio.run(Listener(deployment, move_port).run())
+    asyncio.run(Listener(deployment, deployer).run())
     # What is still out on a thread (a question to a silent server) must not hold up the end.
     sys.stderr.flush()
     os._exit(0)

@@ -18,6 +18,7 @@ from pathlib import Path
 from supervisor_synapse import render
 from supervisor_synapse.adapters import (
     demo_model,
+    footprints,
     hfcache,
     intent,
     registry,
@@ -38,7 +39,16 @@ from supervisor_synapse.core.candidates import repo_file
 from supervisor_synapse.core.catalog import Model, build_catalog, printable
 from supervisor_synapse.core.changes import Changes, Deployed, compare
 from supervisor_synapse.core.estimate import HOST
-from supervisor_synapse.core.model import Device, Engine, Part, Problem, Program, Variant
+from supervisor_synapse.core.model import (
+    Device,
+    Engine,
+    Estimate,
+    FileIdentity,
+    Part,
+    Problem,
+    Program,
+    Variant,
+)
 from supervisor_synapse.core.placement import Known, nothing_known
 from supervisor_synapse.core.plan import (
     Choice,
@@ -86,12 +96,10 @@ def discover(
     forced: Iterable[str] = (),
     *,
     demo: bool = False,
-    known: Known = nothing_known,
 ) -> Discovery:
     """Look at everything; change nothing but caches.
 
     `demo`: serve the generated model although there are others; remembered until it is gone.
-    `known`: what was learned of a model's files and arguments, or asked of the engine.
 
     Raises:
         ConfigError: settings, engine, templates or permissions must be mended first.
@@ -113,7 +121,8 @@ def discover(
     world = World(
         devices=devices, engine=engine, earlier=earlier.choices() | forgotten,
         port_is_free=_port_check(settings.host, ours), intent=intent.load(deployment.intent),
-        known=known, edited=_edited(on_disk, deployed, earlier, forced),
+        known=_known(deployment, engine, devices),
+        edited=_edited(on_disk, deployed, earlier, forced),
     )  # fmt: skip
     demo = (demo or earlier.demo) and any(one.repo == demo_model.REPO for one in catalog.models)
     models = catalog.models if demo else _without_demo(catalog.models)
@@ -186,6 +195,25 @@ def _meant(
         problems.append(_all_gone(changes.removed))
         changes = replace(changes, removed=(), kept=changes.kept + changes.removed)
     return _Meant(plan, blocks, changes, tuple(problems))
+
+
+def _known(deployment: Deployment, engine: Engine, devices: tuple[Device, ...]) -> Known:
+    """What earlier loads took."""
+    learned = footprints.load(deployment.footprints)
+    if not learned.by_key:
+        return nothing_known
+    identities: dict[str, tuple[FileIdentity, ...]] = {}
+
+    def known(model: Model, arguments: tuple[str, ...], formula: Estimate) -> Estimate | None:
+        if model.key not in identities:
+            files = (*(model.shards or (model.path,)), *filter(None, [model.projector]))
+            identities[model.key] = footprints.identities(files)
+        if not identities[model.key]:
+            return None
+        key = footprints.footprint_key(identities[model.key], arguments, engine.version, devices)
+        return footprints.known(learned, key, formula)
+
+    return known
 
 
 def generate_demo(settings: Settings) -> Path:

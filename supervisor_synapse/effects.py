@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import assert_never
 
 from supervisor_synapse.adapters import processes
 from supervisor_synapse.adapters.supervisord import Refused, Supervisord
-from supervisor_synapse.core.decide import Action, Kill, MovePort, Start, Stop
+from supervisor_synapse.core.state import Action, Kill, MovePort, SetRung, Start, Stop
 from supervisor_synapse.errors import ApplyError, ConfigError, TransientError
 
-# Gives the program of a name another port: renders its block again and applies it.
-PortMover = Callable[[str], None]
+
+@dataclass(frozen=True, slots=True)
+class Deployer:
+    """Renders the block of one program anew, which does not run, and applies it."""
+
+    move_port: Callable[[str], None]  # by the program's name
+    set_rung: Callable[[str, int], None]
 
 
 class Effects:
     """Carries out decisions through supervisord. For the thread that speaks XML-RPC."""
 
-    def __init__(self, rpc: Supervisord, supervisor_pid: int, move_port: PortMover) -> None:
+    def __init__(self, rpc: Supervisord, supervisor_pid: int, deployer: Deployer) -> None:
         self._rpc = rpc
         self._supervisor_pid = supervisor_pid
-        self._move_port = move_port
+        self._deployer = deployer
 
     def perform(self, action: Action) -> str:
         """Carry out one action; what went wrong, or "".
@@ -40,16 +47,20 @@ class Effects:
                     if not processes.kill_group(action.incarnation.pid, self._supervisor_pid):
                         return "it is gone already"
                 case MovePort():
-                    return self._move(action.name)
+                    return _told(partial(self._deployer.move_port, action.name))
+                case SetRung():
+                    return _told(partial(self._deployer.set_rung, action.name, action.rung))
                 case _:
                     assert_never(action)
         except Refused as refused:
             return str(refused)
         return ""
 
-    def _move(self, name: str) -> str:
-        try:
-            self._move_port(name)
-        except (ApplyError, ConfigError, TransientError) as error:
-            return str(error)
-        return ""
+
+def _told(change: Callable[[], None]) -> str:
+    """What kept a change of the deployment from being carried out, or ""."""
+    try:
+        change()
+    except (ApplyError, ConfigError, TransientError) as error:
+        return str(error)
+    return ""

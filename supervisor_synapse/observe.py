@@ -27,11 +27,13 @@ from supervisor_synapse.adapters.http import Endpoint, Prober
 from supervisor_synapse.adapters.supervisord import Process
 from supervisor_synapse.core import probes
 from supervisor_synapse.core.arguments import Served, parse_served
-from supervisor_synapse.core.decide import ModelState, Seen
+from supervisor_synapse.core.estimate import HOST
 from supervisor_synapse.core.failures import Ending
+from supervisor_synapse.core.load_log import Loaded, is_on_host, parse_load
 from supervisor_synapse.core.model import Device, Health, Incarnation, ProcessState, Program
 from supervisor_synapse.core.probes import Liveness, Verdict
 from supervisor_synapse.core.settings import MIB, ProbePolicy
+from supervisor_synapse.core.state import ModelState, Seen
 
 _LOADING_PROBE_SECONDS = 0.1
 _LONG_LOADING_PROBE_SECONDS = 0.5
@@ -54,6 +56,7 @@ _MOST_QUICK = 16
 _MOST_PATIENT = 64
 _MOST_ASIDE = 4
 _LOG_TAIL_BYTES = 16 * 1024
+_LOAD_TEXT_BYTES = 512 * 1024
 _LARGEST_KEY_FILE_BYTES = 4096
 
 _ENDED = frozenset({ProcessState.EXITED, ProcessState.FATAL})
@@ -90,6 +93,7 @@ class Watched:
     device: Device | None = None  # where that is not the host
     reading: Reading | None = None  # of that device, while it ran
     measured_at: float = 0.0
+    loaded: Loaded | None = None  # what its log tells of its load
     answered: asyncio.Event = field(default_factory=asyncio.Event)  # or failed to, once
     tending: asyncio.Task[None] | None = None
     asking: asyncio.Task[None] | None = None  # the patient question that is out
@@ -133,6 +137,11 @@ class Observer:
 
     def watched(self, name: str) -> Watched | None:
         return self._watched.get(name)
+
+    @property
+    def leaving(self) -> frozenset[str]:
+        """Models whose last run is over, but not yet verified to have left nothing."""
+        return frozenset(name for name, one in self._leaving.items() if not one.is_over)
 
     async def look(
         self,
@@ -299,18 +308,20 @@ class Observer:
 
     async def _ask(self, program: Program, process: Process, watched: Watched) -> None:
         if not watched.live.was_ready:
-            await self._ask_health(watched)
+            await self._ask_health(watched, program, process)
             await self._measure(process, watched)
             return
         await self._measure(process, watched)
+        if watched.loaded is None:  # its log came late
+            await self._read_load(watched, program, process)
         if watched.served.sleeps and await self._on(self._quick, Prober.is_asleep, watched.prober):
             watched.live = probes.on_sleep(watched.live, time.monotonic())
             return
         if watched.served.sleeps and await self._may_doze_off(process, watched):
-            await self._ask_health(watched)
+            await self._ask_health(watched, program, process)
             return
         if not await self._ask_activity(watched):
-            await self._ask_health(watched)
+            await self._ask_health(watched, program, process)
         self._ask_for_a_token(program, watched)
 
     async def _may_doze_off(self, process: Process, watched: Watched) -> bool:
@@ -327,12 +338,20 @@ class Observer:
         )
         return is_idle and watched.logged_bytes == before and not is_due
 
-    async def _ask_health(self, watched: Watched) -> None:
+    async def _read_load(self, watched: Watched, program: Program, process: Process) -> None:
+        """What the load took, and whether it came onto the device that it was meant for."""
+        tail = await self._on(self._aside, _load_text, Path(process.logfile))
+        watched.loaded = parse_load(tail)
+        if any(part.device != HOST and part.weights_bytes for part in program.estimate.parts):
+            watched.live = replace(watched.live, on_host=is_on_host(tail))
+
+    async def _ask_health(self, watched: Watched, program: Program, process: Process) -> None:
         health = await self._on(self._quick, Prober.health, watched.prober)
         if health is Health.READY and not watched.live.was_ready:
             port, pid = watched.served.port, watched.incarnation.pid
             foreign = await self._on(self._aside, partial(sockets.foreign_listener, port), pid)
             watched.live = replace(watched.live, foreign=foreign)
+            await self._read_load(watched, program, process)
             watched.measured_at = 0.0  # what it took on the way says little: measure it now
         watched.live = probes.on_health(watched.live, health, time.monotonic())
         if health is Health.SILENT:
@@ -422,6 +441,7 @@ class Observer:
             file_stamp=await self._file_stamp(process, files),
             is_leaving=leaving is not None and not leaving.is_over,
             residue=leaving.residue if leaving is not None else "",
+            is_asleep=watched is not None and watched.live.is_asleep,
         )  # fmt: skip
 
     async def _ending(self, process: Process, files: Sequence[str]) -> Ending | None:
@@ -537,12 +557,17 @@ def _stamp(paths: Iterable[str]) -> int:
     return zlib.crc32(repr(facts).encode())
 
 
-def _log_tail(path: Path) -> str:
+def _log_tail(path: Path, most_bytes: int = _LOG_TAIL_BYTES) -> str:
     """The end of a model's log."""
     try:
         with open(path, "rb") as file:
             size = file.seek(0, 2)
-            file.seek(max(size - _LOG_TAIL_BYTES, 0))
-            return file.read(_LOG_TAIL_BYTES).decode("utf-8", "replace")
+            file.seek(max(size - most_bytes, 0))
+            return file.read(most_bytes).decode("utf-8", "replace")
     except OSError:
         return ""
+
+
+def _load_text(path: Path) -> str:
+    """The end of a model's log, in which it tells of its load."""
+    return _log_tail(path, _LOAD_TEXT_BYTES)

@@ -106,6 +106,10 @@ class Deployment:
         return self.run / "supervisord.pid"
 
     @property
+    def footprints(self) -> Path:
+        return self.lib / "memory.json"
+
+    @property
     def ledger(self) -> Path:
         """The listener's word about memory; the launchers' claims stand beside it."""
         return self.run / "ledger.json"

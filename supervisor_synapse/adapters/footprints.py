@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -214,6 +215,18 @@ _NEGATIVE = re.compile(r"-[0-9.]", re.ASCII)
 class _Argument(NamedTuple):
     flag: str
     values: tuple[str, ...]
+
+
+def identities(files: Iterable[str]) -> tuple[FileIdentity, ...]:
+    """Names the bytes of a model's files; () where one cannot be looked at."""
+    found = []
+    for path in files:
+        try:
+            status = os.stat(path)
+        except OSError:
+            return ()
+        found.append(FileIdentity(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns))
+    return tuple(found)
 
 
 def footprint_key(

@@ -15,7 +15,7 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from supervisor_synapse.adapters import store
-from supervisor_synapse.core.decide import ModelState
+from supervisor_synapse.core.state import ModelState
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 

@@ -23,176 +23,45 @@ observation tells.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import assert_never
 
 from supervisor_synapse.core import restarts
-from supervisor_synapse.core.failures import PERMANENT, Ending, classify
+from supervisor_synapse.core.act import act
+from supervisor_synapse.core.failures import PERMANENT, REFUSED_STATUS, Ending, classify
 from supervisor_synapse.core.model import (
     AT_REST,
+    DeviceReading,
     Failure,
     FailureClass,
-    Incarnation,
     Phase,
     ProcessState,
 )
-from supervisor_synapse.core.probes import BAD, Verdict
-from supervisor_synapse.core.restarts import Restarts
-from supervisor_synapse.core.settings import RestartPolicy
-from supervisor_synapse.core.waves import next_starts
+from supervisor_synapse.core.probes import Verdict
+from supervisor_synapse.core.state import Decision, ModelState, Now, Policy, Seen, Transition
 
-# supervisord tells runs apart by whole seconds.
-_START_SPACING_SECONDS = 1.05
 _SEEN_START_SECONDS = 2.5  # the loop looks more often than that
-_KILL_AGAIN_SECONDS = 5.0
-# A load that takes longer no longer keeps others from loading.
-_LOADING_PLACE_SECONDS = 60.0
+_REPLACED_SECONDS = 30.0  # a program that is new within them is new by our own doing
 _GOLDEN = 0.6180339887498949
 
-
-@dataclass(frozen=True, slots=True)
-class Seen:
-    """What one look found of one model."""
-
-    name: str
-    enabled: bool  # by settings and commands together
-    why: str  # it is enabled, or not
-    state: ProcessState
-    incarnation: Incarnation | None  # None: no process
-    run: int  # names its newest run, also when that is over; 0: never started
-    age_seconds: float = 0.0  # of the incarnation
-    verdict: Verdict = Verdict.UNKNOWN  # of this incarnation
-    verdict_reason: str = ""
-    busy: bool = False
-    ending: Ending | None = None  # where the process has ended by itself
-    spawn_error: str = ""
-    file_stamp: int = 0  # changes when the model's file does
-    is_leaving: bool = False  # its last run is over, and what it left is being looked for
-    residue: str = ""  # what its last run left behind for good
-
-    @property
-    def is_fresh(self) -> bool:
-        """Never started since supervisord knows this program."""
-        return self.run == 0
-
-
-@dataclass(frozen=True, slots=True)
-class ModelState:
-    """What is remembered of one model between two looks. Times are monotonic seconds."""
-
-    phase: Phase = Phase.DISABLED
-    reason: str = ""
-    incarnation: Incarnation | None = None
-    seen_at: float | None = None  # this incarnation, for the first time
-    started_at: float | None = None  # None: nobody was looking
-    ready_seconds: float | None = None
-    was_ready: bool = False  # this incarnation, at some time
-    ready_at: float | None = None  # ready without a break since then
-    restarts: int = 0  # starts after a failure, by ourselves
-    retries: Restarts = field(default_factory=Restarts)
-    last_failure: Failure | None = None
-    failed_run: int = 0  # the run whose end was judged
-    failed_stamp: int = 0  # of its file, then
-    asked_at: float | None = None  # a start was asked for
-    condemned: Failure | None = None  # why this incarnation must go
-    killed_at: float | None = None
-    is_out: bool = False  # a model that had been ready was taken out and is not back
-    is_by_hand: bool = False  # started although it is not enabled
-    resume: bool = False  # enabled by command since it was stopped
-    drain: bool = False  # to be stopped when it is idle
-    moved_run: int = 0  # the failed run for which another port was asked for
-
-
-@dataclass(frozen=True, slots=True)
-class Start:
-    """Ask supervisord to start a model."""
-
-    name: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Stop:
-    """Ask supervisord to stop a model; it drains."""
-
-    name: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Kill:
-    """End a run that answers no more: it is not asked."""
-
-    name: str
-    incarnation: Incarnation
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class MovePort:
-    """Give a model another port: a stranger has its own."""
-
-    name: str
-    reason: str
-
-
-Action = Start | Stop | Kill | MovePort
-
-
-@dataclass(frozen=True, slots=True)
-class Transition:
-    """A model went from one phase to another."""
-
-    model: str
-    before: Phase | None  # None: seen for the first time
-    after: Phase
-    reason: str
-    incarnation: Incarnation | None = None
-    failure: Failure | None = None  # what caused it, where something failed
-
-
-@dataclass(frozen=True, slots=True)
-class Policy:
-    """What the settings say of these decisions."""
-
-    max_parallel: int = 3
-    restart: RestartPolicy = field(default_factory=RestartPolicy)
-
-
-@dataclass(frozen=True, slots=True)
-class Now:
-    """The two clocks and one chance in [0, 1), read once for each decision."""
-
-    monotonic: float
-    wall: float
-    chance: float = 0.5
-
-
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """New states by name, what to do, and what has changed."""
-
-    states: Mapping[str, ModelState]
-    actions: tuple[Action, ...]
-    transitions: tuple[Transition, ...]
+_WAITS = frozenset({Phase.PENDING, Phase.DEFERRED})  # for a place, or for memory
 
 
 def decide(
-    states: Mapping[str, ModelState], seen: Sequence[Seen], now: Now, policy: Policy
+    states: Mapping[str, ModelState],
+    seen: Sequence[Seen],
+    now: Now,
+    policy: Policy,
+    readings: Sequence[DeviceReading] = (),
 ) -> Decision:
     """One step for the whole fleet; `seen` is in the order in which models start."""
     after: dict[str, ModelState] = {}
-    actions: list[Action] = []
     for place, one in enumerate(seen):
         # Models that fail in the same instant still wait differently long.
         chance = (now.chance + place * _GOLDEN) % 1.0
         after[one.name] = _judge(states.get(one.name), one, replace(now, chance=chance), policy)
-    transitions = tuple(_transitions(states, after))
-    actions += _moves(seen, after)
-    actions += _stops(seen, after)
-    actions += _kills(seen, after, now)
-    actions += _starts(seen, after, now, policy)
-    return Decision(after, tuple(actions), transitions)
+    actions, ledger = act(seen, after, now, policy, tuple(readings))
+    return Decision(after, actions, tuple(_transitions(states, after)), ledger)
 
 
 # --- what a model is -----------------------------------------------------------------------------
@@ -229,7 +98,9 @@ def _of_run(state: ModelState, seen: Seen, now: Now) -> ModelState:
     if seen.is_fresh:
         is_new = state.incarnation is None and not state.failed_run
         is_moved = state.failed_run != 0 and state.moved_run == state.failed_run
-        if is_new or is_moved:
+        at = state.replaced_at
+        is_replaced = at is not None and now.monotonic - at <= _REPLACED_SECONDS
+        if is_new or is_moved or is_replaced:
             return state
         return ModelState(resume=state.resume, asked_at=state.asked_at)
     if seen.incarnation is None or seen.incarnation == state.incarnation:
@@ -239,7 +110,8 @@ def _of_run(state: ModelState, seen: Seen, now: Now) -> ModelState:
         started_at=_start_of(state, seen, now), ready_seconds=None, was_ready=False, ready_at=None,
         condemned=None, killed_at=None, moved_run=0, failed_run=0, phase=Phase.PENDING,
         is_by_hand=state.is_by_hand if _is_ours(state, now) else not seen.enabled,
-        retries=restarts.on_start(state.retries), resume=False, drain=False,
+        retries=restarts.on_start(state.retries), resume=False, drain=False, idle_since=None,
+        roomy_since=None, is_refused=False, evicted_for="",
     )  # fmt: skip
 
 
@@ -252,7 +124,7 @@ def _start_of(state: ModelState, seen: Seen, now: Now) -> float | None:
 
 def _is_ours(state: ModelState, now: Now) -> bool:
     """Whether a new run is the one we asked for; a `disable` may have come in between."""
-    return state.phase is Phase.PENDING and _asked_just_now(state, now)
+    return state.phase in _WAITS and _asked_just_now(state, now)
 
 
 def _asked_just_now(state: ModelState, now: Now) -> bool:
@@ -273,9 +145,16 @@ def _at_rest(state: ModelState, seen: Seen) -> ModelState:
     if not seen.enabled and (seen.is_fresh or not state.is_by_hand):
         return _said(state, Phase.DISABLED, _with_residue(seen.why, seen))
     if seen.enabled and (seen.is_fresh or state.resume):
-        return _in(state, Phase.PENDING, "enabled; waits for a loading place")
+        return _wanted(state, "enabled; waits for a loading place")
     why = "drained" if state.drain else "stopped by hand"
     return _in(state, Phase.STOPPED, _with_residue(why, seen))
+
+
+def _wanted(state: ModelState, reason: str) -> ModelState:
+    """It waits for a place; where it waits for memory already, it goes on doing that."""
+    if state.is_refused:
+        return _in(state, Phase.FAILED, state.reason)
+    return state if state.phase is Phase.DEFERRED else _in(state, Phase.PENDING, reason)
 
 
 def _with_residue(reason: str, seen: Seen) -> str:
@@ -298,7 +177,7 @@ def _running(state: ModelState, seen: Seen, now: Now, policy: Policy) -> ModelSt
             reason = seen.verdict_reason or "its process runs"
             return _in(replace(state, ready_at=None), Phase.LOADING, reason)
         case Verdict.READY:
-            return _ready(state, now, policy)
+            return _ready(state, seen, now, policy)
         case Verdict.STUCK:
             return _unhealthy(state, FailureClass.UNRESPONSIVE, seen, now)
         case Verdict.UNRESPONSIVE:
@@ -307,22 +186,27 @@ def _running(state: ModelState, seen: Seen, now: Now, policy: Policy) -> ModelSt
             return _unhealthy(state, FailureClass.WEDGED, seen, now)
         case Verdict.FOREIGN:
             return _unhealthy(state, FailureClass.PORT_IN_USE, seen, now)
+        case Verdict.ON_HOST:
+            return _unhealthy(state, FailureClass.NOT_OFFLOADED, seen, now)
     assert_never(seen.verdict)
 
 
-def _ready(state: ModelState, now: Now, policy: Policy) -> ModelState:
+def _ready(state: ModelState, seen: Seen, now: Now, policy: Policy) -> ModelState:
     seconds = state.ready_seconds
     if seconds is None and state.started_at is not None:
         seconds = now.monotonic - state.started_at
     ready_at = now.monotonic if state.ready_at is None else state.ready_at
+    idle_since = now.monotonic if state.idle_since is None else state.idle_since
     ready = replace(
         state, ready_seconds=seconds, was_ready=True, ready_at=ready_at, condemned=None,
-        is_out=False,
+        is_out=False, idle_since=None if seen.busy else idle_since,
         retries=restarts.after_healthy(state.retries, now.monotonic - ready_at, policy.restart),
     )  # fmt: skip
     if state.drain:
         return _in(ready, Phase.DRAINING, "stops when it is idle")
     when = "answers" if seconds is None else f"answered {seconds:.1f} s after its start"
+    if seen.claim.rung:
+        when = f"{when}; stepped down to {seen.claim.deployed.label}"
     return _in(ready, Phase.READY, when)
 
 
@@ -341,6 +225,8 @@ def _ended(state: ModelState, seen: Seen, now: Now, policy: Policy) -> ModelStat
     """Each end is judged once; then it is waited, or not, as the failure's class has it."""
     if seen.run != state.failed_run:
         state = _failed(state, seen, now, policy)
+    if state.last_failure is not None and _was_refused(seen):
+        return _refused(state, state.last_failure, seen)
     if state.drain:
         return _in(replace(state, is_out=False), Phase.STOPPED, _with_residue("drained", seen))
     if not seen.enabled and not state.is_by_hand:
@@ -351,6 +237,19 @@ def _ended(state: ModelState, seen: Seen, now: Now, policy: Policy) -> ModelStat
     if failure.failure_class in PERMANENT and not state.resume:
         return _permanent(state, failure, seen, now, policy)
     return _waiting(state, failure, now, policy)
+
+
+def _was_refused(seen: Seen) -> bool:
+    """Whether the launcher found no memory for it; nothing was started."""
+    return seen.ending is not None and seen.ending.exit_status == REFUSED_STATUS
+
+
+def _refused(state: ModelState, failure: Failure, seen: Seen) -> ModelState:
+    """No failure of the model: it waits for memory, or is what it was before the attempt."""
+    state = replace(state, is_out=False)
+    if seen.enabled:
+        return _wanted(state, failure.message)
+    return _said(replace(state, is_by_hand=False), Phase.DISABLED, failure.message)
 
 
 def _permanent(
@@ -377,7 +276,7 @@ def _failed(state: ModelState, seen: Seen, now: Now, policy: Policy) -> ModelSta
         )
         failure = Failure(kind, evidence, now.wall)
     retries = restarts.on_start(state.retries)
-    if failure.failure_class not in PERMANENT:
+    if failure.failure_class not in PERMANENT and not _was_refused(seen):
         retries = restarts.after_failure(retries, now.monotonic, now.chance, policy.restart)
     return replace(
         state, last_failure=failure, failed_run=seen.run, failed_stamp=seen.file_stamp,
@@ -390,7 +289,7 @@ def _failed(state: ModelState, seen: Seen, now: Now, policy: Policy) -> ModelSta
 def _waiting(state: ModelState, failure: Failure, now: Now, policy: Policy) -> ModelState:
     kind, retries = failure.failure_class.value, state.retries
     if state.resume or restarts.is_due(retries, now.monotonic):
-        return _in(state, Phase.PENDING, f"{kind}; starts again")
+        return _wanted(state, f"{kind}; starts again")
     wait = (retries.retry_at or 0.0) - now.monotonic
     if retries.is_open:
         restart = policy.restart
@@ -400,84 +299,6 @@ def _waiting(state: ModelState, failure: Failure, now: Now, policy: Policy) -> M
             f"trial after {wait:.0f} s",
         )  # fmt: skip
     return _in(state, Phase.BACKOFF, f"{kind}; starts again after {wait:.1f} s")
-
-
-# --- what is to be done --------------------------------------------------------------------------
-
-
-def _moves(seen: Sequence[Seen], after: dict[str, ModelState]) -> Iterable[Action]:
-    """A port that a stranger took is given up, once for each failure."""
-    for one in seen:
-        state, failure = after[one.name], after[one.name].last_failure
-        if (
-            state.phase is Phase.BACKOFF
-            and state.moved_run != state.failed_run
-            and failure is not None
-            and failure.failure_class is FailureClass.PORT_IN_USE
-        ):
-            after[one.name] = replace(state, moved_run=state.failed_run)
-            yield MovePort(one.name, failure.message)
-
-
-def _stops(seen: Sequence[Seen], after: dict[str, ModelState]) -> Iterable[Action]:
-    """What was disabled by command goes; what was started by hand since then stays."""
-    for one in seen:
-        state = after[one.name]
-        running = one.state in (ProcessState.RUNNING, ProcessState.STARTING)
-        if running and not one.enabled and not state.is_by_hand:
-            yield Stop(one.name, one.why)
-        elif running and state.drain and state.phase is Phase.DRAINING and not one.busy:
-            yield Stop(one.name, "drained")
-
-
-def _kills(seen: Sequence[Seen], after: dict[str, ModelState], now: Now) -> Iterable[Action]:
-    """Those that are condemned; of those that had been ready, one at a time.
-
-    Probes of healthy servers fail together when the machine is out of breath, and then killing
-    them all would be the outage.
-    """
-    is_one_out = any(state.is_out for state in after.values())
-    for one in seen:
-        state = after[one.name]
-        if state.condemned is None or one.incarnation is None:
-            continue
-        if one.verdict not in BAD and state.killed_at is None:
-            continue
-        if state.killed_at is not None and now.monotonic - state.killed_at < _KILL_AGAIN_SECONDS:
-            continue
-        if state.was_ready and is_one_out and not state.is_out:
-            continue
-        is_one_out = is_one_out or state.was_ready
-        after[one.name] = replace(state, killed_at=now.monotonic, is_out=state.was_ready)
-        yield Kill(one.name, one.incarnation, state.condemned.message)
-
-
-def _starts(
-    seen: Sequence[Seen], after: dict[str, ModelState], now: Now, policy: Policy
-) -> Iterable[Action]:
-    # Nothing starts beside what its last run may have left.
-    due = [one.name for one in seen if not one.is_leaving and _may_start(after[one.name], now)]
-    loading = sum(_holds_place(state, now) for state in after.values())
-    for name in next_starts(due, loading, policy.max_parallel):
-        state = after[name]
-        after[name] = replace(
-            state, asked_at=now.monotonic, retries=restarts.on_start(state.retries),
-            restarts=state.restarts + (state.failed_run != 0),
-        )  # fmt: skip
-        yield Start(name, state.reason)
-
-
-def _may_start(state: ModelState, now: Now) -> bool:
-    if state.phase is not Phase.PENDING:
-        return False
-    return state.asked_at is None or now.monotonic - state.asked_at >= _START_SPACING_SECONDS
-
-
-def _holds_place(state: ModelState, now: Now) -> bool:
-    if state.phase is not Phase.LOADING:
-        return False
-    seen_at = now.monotonic if state.seen_at is None else state.seen_at
-    return now.monotonic - seen_at < _LOADING_PLACE_SECONDS
 
 
 def _transitions(

@@ -38,11 +38,13 @@ _TEXTS: tuple[tuple[FailureClass, str], ...] = (
 )  # fmt: skip
 _PATTERNS = tuple((kind, re.compile(text, re.IGNORECASE)) for kind, text in _TEXTS)
 
+REFUSED_STATUS = 69  # of the launcher: by the ledger there is no memory; nothing was started
+
 # The launcher's own exit statuses, see launcher.py.
 _STATUSES = {
     64: FailureClass.BAD_ARGUMENT,
     66: FailureClass.MODEL_MISSING,
-    69: FailureClass.OUT_OF_MEMORY,
+    REFUSED_STATUS: FailureClass.OUT_OF_MEMORY,
     72: FailureClass.BAD_ARGUMENT,
     75: FailureClass.PORT_IN_USE,
 }

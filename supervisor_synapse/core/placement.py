@@ -45,10 +45,11 @@ _RPC = "RPC"
 # Backends whose devices are a part of the host's own memory.
 _OF_THE_HOST = ("MTL", "Metal")
 
-Known = Callable[[Model, tuple[str, ...]], Estimate | None]
+# What is known of a model with these arguments; the formula tells what nobody measured.
+Known = Callable[[Model, tuple[str, ...], Estimate], Estimate | None]
 
 
-def nothing_known(_model: Model, _arguments: tuple[str, ...]) -> None:
+def nothing_known(_model: Model, _arguments: tuple[str, ...], _formula: Estimate) -> None:
     """No model was ever loaded."""
 
 
@@ -158,9 +159,8 @@ def as_edited(model: Model, arguments: tuple[str, ...], world: World) -> Configu
     """What arguments that somebody wrote by hand take."""
     devices = tuple(device.name for device in world.offloading)
     load = load_of(arguments, trained_context=model.header.context_length, devices=devices)
-    found = world.known(model, arguments)
-    if found is None:
-        found = estimate(model.header, load, projector_bytes=model.projector_bytes)
+    formula = estimate(model.header, load, projector_bytes=model.projector_bytes)
+    found = world.known(model, arguments, formula) or formula
     return Configuration(_placement_of(load, model), arguments, found)
 
 
@@ -228,7 +228,7 @@ class Search:
         found = estimate(model.header, load, projector_bytes=model.projector_bytes)
         bound = prompt_cache_words(found.kv_bytes, serving, engine)
         words = (*self._standing, *placing, *bound, *serving.extra)
-        return Configuration(placement, words, self._world.known(model, words) or found)
+        return Configuration(placement, words, self._world.known(model, words, found) or found)
 
     def _device(self, placement: Placement) -> str | None:
         """`none` where an engine would else take all that it finds."""

@@ -35,9 +35,14 @@ class Verdict(Enum):
     UNRESPONSIVE = "unresponsive"
     WEDGED = "wedged"
     FOREIGN = "foreign"  # another process answers on its port
+    ON_HOST = "on-host"  # it was to run on a device, and does not
 
 
-BAD = frozenset({Verdict.STUCK, Verdict.UNRESPONSIVE, Verdict.WEDGED, Verdict.FOREIGN})
+BAD = frozenset(
+    {
+        Verdict.STUCK, Verdict.UNRESPONSIVE, Verdict.WEDGED, Verdict.FOREIGN, Verdict.ON_HOST,
+    }
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +69,7 @@ class Liveness:
     is_asleep: bool = False
     is_halted: bool = False  # its process is stopped by a signal
     foreign: str = ""  # who listens on its port, if that is not this run
+    on_host: str = ""  # the line that shows that it did not come onto its device
 
 
 def begin(now: float, *, was_ready: bool = False) -> Liveness:
@@ -187,6 +193,8 @@ def judge(state: Liveness, now: float, policy: ProbePolicy) -> tuple[Verdict, st
     still_seconds = now - state.moved_at
     if state.foreign:
         return Verdict.FOREIGN, f"its port is served by {state.foreign}"
+    if state.on_host:
+        return Verdict.ON_HOST, f"it was to run on a device, and does not: {state.on_host}"
     if not state.was_ready:
         if state.health is Health.UNKNOWN and still_seconds < policy.stall_seconds:
             return Verdict.UNKNOWN, ""

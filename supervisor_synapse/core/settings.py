@@ -143,6 +143,8 @@ class Settings:
     max_parallel: int = 3
     memory_reserve: Reserve = Reserve()
     when_full: WhenFull = WhenFull.DEGRADE
+    climb_after_seconds: int = 60  # how long there must be room before a model steps up again
+    overcommit_sleepers: bool = False  # what sleeps holds only what it has
     probe: ProbePolicy = ProbePolicy()
     restart: RestartPolicy = RestartPolicy()
     stop: StopPolicy = StopPolicy()

@@ -63,7 +63,7 @@ _RUNS = {
 }
 
 # A model that was asked to run and is here did not become ready.
-_DID_NOT_COME = AT_REST | {Phase.BACKOFF, Phase.UNHEALTHY}
+_DID_NOT_COME = AT_REST | {Phase.BACKOFF, Phase.UNHEALTHY, Phase.DEFERRED}
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +103,7 @@ def advance(swap: Swap, phases: Mapping[str, Phase], reasons: Mapping[str, str])
 
 
 def _new_first(swap: Swap, new: Phase, reasons: Mapping[str, str]) -> Swap | Outcome:
-    if new is Phase.READY:
+    if new is Phase.READY or new is Phase.DEFERRED:  # the room for both is gone: it comes alone
         return replace(swap, step=Step.OLD_LEAVES)
     if new in _DID_NOT_COME:
         return replace(swap, step=Step.NEW_LEAVES, why_undone=_why(swap.new, reasons))

@@ -21,6 +21,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
+
 from supervisor_synapse.adapters import engine as engines
 from supervisor_synapse.adapters.demo_model import generate
 from supervisor_synapse.adapters.supervisord import Supervisord
@@ -115,12 +117,16 @@ def _by_router(folder: Path) -> float:
 
 
 def _deploy(deployment: Deployment, folder: Path, *, together: bool) -> None:
-    # Where nothing more may be taken, the old one must go first.
-    reserve = "0" if together else "99%"
-    deployment.configure(
-        f"model_dirs = {folder}\nenable = none\nmemory_reserve = {reserve}\n"
+    settings = (
+        "model_dirs = {folder}\nenable = none\nmemory_reserve = {reserve}\n"
         "[model:*]\ncontext = 2048\nparallel = 4\n[model:one]\nenabled = true"
     )
+    deployment.configure(settings.format(folder=folder, reserve=0))
+    if not together:  # room for one, and half of another: the old one must go first
+        deployment.synapse("init")
+        need = max(model["memory"]["estimated"] for model in deployment.plan()["models"])
+        reserve = psutil.virtual_memory().available - need * 3 // 2
+        deployment.configure(settings.format(folder=folder, reserve=reserve))
     deployment.synapse("up", "--detach")
 
 

@@ -404,6 +404,11 @@ class Deployment:
         transport = SupervisorTransport(None, None, f"unix://{self.prefix}/var/run/supervisor.sock")
         return xmlrpc.client.ServerProxy("http://127.0.0.1", transport=transport)
 
+    def log_of(self, name: str) -> str:
+        """What a model's server and its launcher have printed; "" where nothing yet."""
+        path = self.log / f"{name}.log"
+        return path.read_text(errors="replace") if path.exists() else ""
+
     def history(self) -> list[Any]:
         """Every transition so far, oldest first; a line that is just being written is not one."""
         whole, _, _ = (self.log / "history.jsonl").read_text().rpartition("\n")

@@ -36,6 +36,7 @@ from tests.integration.harness import (
     port_is_free,
     wait_until,
 )
+from tests.integration.rpc_devices import rpc_device
 
 pytestmark = pytest.mark.usefixtures("llama_server")
 
@@ -47,10 +48,11 @@ MODEL: dict[str, Any] = {
 }  # fmt: skip
 
 
-def _settings(reserve: str) -> str:
-    return f"""
+SETTINGS = f"""
 enable = none
-memory_reserve = {reserve}
+memory_reserve = 0
+when_full = wait
+{{more}}
 [stop]
 drain_seconds = {DRAIN_SECONDS}
 term_seconds = 1
@@ -63,26 +65,35 @@ enabled = true
 [model:bad]
 args = --no-such-flag
 """
+ON_DEVICE = "[model:*]\ndevice = RPC0\ncontext = 4096\n"
 
 
-@contextlib.contextmanager
-def _deployment(reserve: str) -> Iterator[Deployment]:
-    with deployed(_settings(reserve)) as deployment:
-        deployment.add("one", "two", **MODEL)
-        deployment.add("bad")
+def _add(deployment: Deployment) -> None:
+    deployment.add("one", "two", "bad", **MODEL)
+
+
+@pytest.fixture(scope="module")
+def roomy_deployment(llama_server: Engine) -> Iterator[Deployment]:
+    with deployed(SETTINGS.format(more="")) as deployment:
+        _add(deployment)
         deployment.synapse("up", "--detach")
         yield deployment
 
 
 @pytest.fixture(scope="module")
-def roomy_deployment(llama_server: Engine) -> Iterator[Deployment]:
-    with _deployment("0") as deployment:
-        yield deployment
-
-
-@pytest.fixture(scope="module")
 def tight_deployment(llama_server: Engine) -> Iterator[Deployment]:
-    with _deployment("99%") as deployment:
+    """On a device that holds one of the models, and half of another."""
+    with (
+        rpc_device(16 << 30) as device,
+        deployed(SETTINGS.format(more=f"rpc = {device.endpoint}") + ON_DEVICE) as deployment,
+    ):
+        _add(deployment)
+        deployment.synapse("init")
+        (need, *_) = {
+            program["memory"]["devices"]["RPC0"] for program in deployment.plan()["models"]
+        }
+        device.total_bytes = need * 3 // 2
+        deployment.synapse("up", "--detach")
         yield deployment
 
 
@@ -228,7 +239,7 @@ def test_where_the_new_one_is_bad_the_old_one_serves(either: Deployment) -> None
     assert "bad" in done.text
     _wait_for_one(either, "one")
     assert either.rows()["bad"]["phase"] in AT_REST
-    fits = "99%" not in (either.etc / "synapse.conf").read_text()
+    fits = "rpc =" not in (either.etc / "synapse.conf").read_text()
     assert (either.rows()["one"]["pid"] == before) is fits
     wait_until(either.listener, 15, "a listener").kill()
     assert holds_for(lambda: list(either.servers()) == ["one"], 2)

@@ -21,9 +21,9 @@ from supervisor_synapse.adapters import intent, journal
 from supervisor_synapse.adapters.deployment import Deployment
 from supervisor_synapse.adapters.supervisord import Request
 from supervisor_synapse.commands import Answer, Commands
-from supervisor_synapse.core.decide import Action, Start
 from supervisor_synapse.core.model import Phase, Program
 from supervisor_synapse.core.probes import Verdict
+from supervisor_synapse.core.state import Action, Start
 from supervisor_synapse.core.swap import Step, Swap
 from supervisor_synapse.errors import ConfigError
 from tests.unit.builders import program

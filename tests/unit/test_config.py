@@ -220,7 +220,6 @@ WRONG = [
     ("[model:x]", "args = --x é", "allowed"),
     ("[model:x]", 'args = "--x', "closing quotation"),
     ("[model:x]", "args = --host 0.0.0.0", "set host in [synapse]"),
-    ("[model:x]", "args = --rpc a:1", "set rpc in [synapse]"),
     ("[model:x]", "args = --port=9", "set port here"),
     ("[model:x]", "args = -m /x.gguf", "discovery"),
     ("[model:x]", "args = --api-key k", "--api-key-file"),

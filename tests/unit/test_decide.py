@@ -18,7 +18,12 @@ from hypothesis import Phase as HypPhase
 from hypothesis import strategies as st
 
 from supervisor_synapse.adapters import states
-from supervisor_synapse.core.decide import (
+from supervisor_synapse.core.decide import decide
+from supervisor_synapse.core.failures import Ending
+from supervisor_synapse.core.model import FailureClass, Incarnation, Phase, ProcessState
+from supervisor_synapse.core.probes import BAD, Verdict
+from supervisor_synapse.core.settings import RestartPolicy
+from supervisor_synapse.core.state import (
     Action,
     Decision,
     Kill,
@@ -30,12 +35,7 @@ from supervisor_synapse.core.decide import (
     Start,
     Stop,
     Transition,
-    decide,
 )
-from supervisor_synapse.core.failures import Ending
-from supervisor_synapse.core.model import FailureClass, Incarnation, Phase, ProcessState
-from supervisor_synapse.core.probes import BAD, Verdict
-from supervisor_synapse.core.settings import RestartPolicy
 
 SPACING_SECONDS = 1.0  # supervisord tells runs apart by whole seconds
 LOADING_PLACE_SECONDS = 60.0

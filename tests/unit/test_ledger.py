@@ -77,6 +77,13 @@ def test_the_launcher_reads_what_was_said_of_each_model(path: Path, said: Ledger
         assert word.could_stop == entry.could_stop
 
 
+def test_a_torn_word_is_none(path: Path) -> None:
+    ledger.save(path, LEDGER)
+    text = path.read_bytes()
+    assert launcher.parse_ledger(text, "a") is not None
+    assert all(launcher.parse_ledger(text[:end], "a") is None for end in range(len(text) - 1))
+
+
 def test_a_listener_that_lives_is_believed_and_one_that_has_ended_is_not(path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
         ledger.save(path, replace(LEDGER, listener=ledger.process_of(process.pid)))

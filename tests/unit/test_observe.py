@@ -17,9 +17,9 @@ import psutil
 
 from supervisor_synapse.adapters import processes
 from supervisor_synapse.adapters.supervisord import Process
-from supervisor_synapse.core.decide import Seen
 from supervisor_synapse.core.model import ProcessState
 from supervisor_synapse.core.settings import ProbePolicy
+from supervisor_synapse.core.state import Seen
 from supervisor_synapse.observe import Observer, Wanted
 from tests.conftest import free_port
 from tests.unit.builders import program

@@ -338,7 +338,7 @@ def test_what_is_known_of_a_file_and_its_arguments_beats_the_formula() -> None:
     made = large()
     asked: list[tuple[str, tuple[str, ...]]] = []
 
-    def known(asking: Model, arguments: tuple[str, ...]) -> Estimate | None:
+    def known(asking: Model, arguments: tuple[str, ...], _: Estimate) -> Estimate | None:
         asked.append((asking.key, arguments))
         if load_of(arguments).context != 8192:
             return None

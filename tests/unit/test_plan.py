@@ -16,7 +16,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from supervisor_synapse import cli, deploy, discovery, report
-from supervisor_synapse.adapters import registry
+from supervisor_synapse.adapters import footprints, registry
 from supervisor_synapse.adapters.deployment import Deployment
 from supervisor_synapse.adapters.registry import Entry, Registry
 from supervisor_synapse.adapters.supervisord import Process, Supervisord
@@ -24,6 +24,7 @@ from supervisor_synapse.core.candidates import repo_file
 from supervisor_synapse.core.catalog import Model
 from supervisor_synapse.core.changes import Changes, Deployed, compare
 from supervisor_synapse.core.estimate import Load, estimate, margin_bytes
+from supervisor_synapse.core.load_log import Loaded
 from supervisor_synapse.core.model import ProcessState, Program, Role, Source, Tier
 from supervisor_synapse.core.plan import Plan, World, make_plan, unmatched_sections
 from supervisor_synapse.core.settings import (
@@ -1166,10 +1167,21 @@ def test_a_plan_tells_in_json_what_each_model_takes_where(
 def test_what_is_known_of_a_model_reaches_the_plan(deployment: Deployment) -> None:
     put(deployment, "a")
     learned = taking(7 * MIB, source=Source.LEARNED)
-    found = discovery.discover(
-        deployment, settings_of(deployment), known=lambda model, arguments: learned
+    found = discovery.discover(deployment, settings_of(deployment))
+    (program,) = found.plan.programs
+    key = footprints.footprint_key(
+        footprints.identities([program.model_path]), program.arguments, found.engine.version,
+        found.devices,
+    )  # fmt: skip
+    loaded = Loaded(learned.parts, None, None)
+    footprints.update(
+        deployment.footprints,
+        lambda before: footprints.learn(before, key, loaded, {"CPU": 9 * MIB}, at=1.0),
     )
-    assert found.plan.programs[0].estimate == learned
+    (program,) = discovery.discover(deployment, settings_of(deployment)).plan.programs
+    assert program.estimate.source is Source.LEARNED
+    (part,) = program.estimate.parts
+    assert part.weights_bytes == 7 * MIB
 
 
 def test_switching_a_model_on_and_off_leaves_its_block_as_it_is(deployment: Deployment) -> None:

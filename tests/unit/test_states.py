@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from supervisor_synapse.adapters import intent, states
-from supervisor_synapse.core.decide import ModelState
 from supervisor_synapse.core.model import Failure, FailureClass, Incarnation, Phase
 from supervisor_synapse.core.restarts import Restarts
+from supervisor_synapse.core.state import ModelState
 
 BOOT = "one-boot"
 FAILURE = Failure(FailureClass.WEDGED, "busy, and nothing has moved for 121 s", 1_800_000_000.5)

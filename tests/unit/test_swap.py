@@ -13,7 +13,7 @@ from supervisor_synapse.core.swap import Outcome, Step, Swap, advance, begin
 
 AT_REST = (Phase.STOPPED, Phase.DISABLED, Phase.FAILED)
 ON_ITS_WAY = (
-    Phase.PENDING, Phase.DEFERRED, Phase.LOADING, Phase.DRAINING, Phase.STOPPING, Phase.VERIFYING,
+    Phase.PENDING, Phase.LOADING, Phase.DRAINING, Phase.STOPPING, Phase.VERIFYING,
 )  # fmt: skip
 BOUND = 12  # looks, once the world does what it is asked
 
@@ -94,6 +94,20 @@ def test_a_new_one_that_does_not_become_ready_leaves_and_its_reason_is_kept(
     assert isinstance(after, Swap)
     assert after.step is Step.NEW_LEAVES
     assert "b did not become ready (out-of-memory" in after.why_undone
+
+
+def test_where_the_room_for_both_is_gone_the_old_one_leaves_first() -> None:
+    after = look(swap(Step.NEW_FIRST), Phase.READY, Phase.DEFERRED)
+    assert isinstance(after, Swap)
+    assert after.step is Step.OLD_LEAVES
+
+
+def test_a_new_one_that_does_not_even_fit_alone_did_not_come() -> None:
+    reason = "needs 900 MiB on CUDA0, 300 MiB left"
+    after = look(swap(Step.NEW_ALONE), Phase.STOPPED, Phase.DEFERRED, b=reason)
+    assert isinstance(after, Swap)
+    assert after.step is Step.NEW_LEAVES
+    assert reason in after.why_undone
 
 
 @pytest.mark.parametrize("phase", [Phase.UNHEALTHY, Phase.BACKOFF, *ON_ITS_WAY, Phase.READY])

@@ -1,0 +1,168 @@
+"""What is seen of the models, what is remembered of them, and what may be done about them.
+
+The frozen values that decisions are made of; see decide.py for what a model is, act.py for what is
+to be done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from supervisor_synapse.core.admission import Claim, Ledger
+from supervisor_synapse.core.failures import Ending
+from supervisor_synapse.core.model import Failure, Incarnation, Phase, ProcessState
+from supervisor_synapse.core.probes import Verdict
+from supervisor_synapse.core.restarts import Restarts
+from supervisor_synapse.core.settings import Reserve, RestartPolicy, WhenFull
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What one look found of one model."""
+
+    name: str
+    enabled: bool  # by settings and commands together
+    why: str  # it is enabled, or not
+    state: ProcessState
+    incarnation: Incarnation | None  # None: no process
+    run: int  # names its newest run, also when that is over; 0: never started
+    age_seconds: float = 0.0  # of the incarnation
+    verdict: Verdict = Verdict.UNKNOWN  # of this incarnation
+    verdict_reason: str = ""
+    busy: bool = False
+    ending: Ending | None = None  # where the process has ended by itself
+    spawn_error: str = ""
+    file_stamp: int = 0  # changes when the model's file does
+    is_leaving: bool = False  # its last run is over, and what it left is being looked for
+    residue: str = ""  # what its last run left behind for good
+    is_asleep: bool = False
+    claim: Claim = field(default_factory=Claim)  # on memory
+
+    @property
+    def is_fresh(self) -> bool:
+        """Never started since supervisord knows this program."""
+        return self.run == 0
+
+
+@dataclass(frozen=True, slots=True)
+class ModelState:
+    """What is remembered of one model between two looks. Times are monotonic seconds."""
+
+    phase: Phase = Phase.DISABLED
+    reason: str = ""
+    incarnation: Incarnation | None = None
+    seen_at: float | None = None  # this incarnation, for the first time
+    started_at: float | None = None  # None: nobody was looking
+    ready_seconds: float | None = None
+    was_ready: bool = False  # this incarnation, at some time
+    ready_at: float | None = None  # ready without a break since then
+    restarts: int = 0  # starts after a failure, by ourselves
+    retries: Restarts = field(default_factory=Restarts)
+    last_failure: Failure | None = None
+    failed_run: int = 0  # the run whose end was judged
+    failed_stamp: int = 0  # of its file, then
+    asked_at: float | None = None  # a start was asked for
+    condemned: Failure | None = None  # why this incarnation must go
+    killed_at: float | None = None
+    is_out: bool = False  # a model that had been ready was taken out and is not back
+    is_by_hand: bool = False  # started although it is not enabled
+    resume: bool = False  # enabled by command since it was stopped
+    drain: bool = False  # to be stopped when it is idle
+    moved_run: int = 0  # the failed run for which another port was asked for
+    idle_since: float | None = None  # ready, and no slot works
+    target_rung: int | None = None  # of the ladder: to be deployed before the next start
+    replaced_at: float | None = None  # another rung was asked for
+    immovable_until: float = 0.0  # its block was not ours to change
+    roomy_since: float | None = None  # the rung above fits since then
+    falls: int = 0  # rungs it was driven down by running out of memory
+    is_refused: bool = False  # for want of memory, until it is started by hand or enabled
+    evicted_for: str = ""  # who got its memory, while it is on its way out
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Ask supervisord to start a model."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Ask supervisord to stop a model; it drains."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Kill:
+    """End a run that answers no more: it is not asked."""
+
+    name: str
+    incarnation: Incarnation
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class MovePort:
+    """Give a model another port: a stranger has its own."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class SetRung:
+    """Deploy another rung of a model's ladder; it does not run."""
+
+    name: str
+    rung: int
+    reason: str
+
+
+Action = Start | Stop | Kill | MovePort | SetRung
+
+
+@dataclass(frozen=True, slots=True)
+class Transition:
+    """A model went from one phase to another."""
+
+    model: str
+    before: Phase | None  # None: seen for the first time
+    after: Phase
+    reason: str
+    incarnation: Incarnation | None = None
+    failure: Failure | None = None  # what caused it, where something failed
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What the settings say of these decisions."""
+
+    max_parallel: int = 3
+    restart: RestartPolicy = field(default_factory=RestartPolicy)
+    reserve: Reserve = field(default_factory=Reserve)
+    when_full: WhenFull = WhenFull.DEGRADE
+    climb_after_seconds: float = 60.0
+    overcommit_sleepers: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Now:
+    """The two clocks and one chance in [0, 1), read once for each decision."""
+
+    monotonic: float
+    wall: float
+    chance: float = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """New states by name, what to do, what has changed, and what is committed of the devices."""
+
+    states: Mapping[str, ModelState]
+    actions: tuple[Action, ...]
+    transitions: tuple[Transition, ...]
+    ledger: Ledger = field(default_factory=Ledger)
