@@ -29,6 +29,9 @@ _POLL_SECONDS = 0.02
 # Loopback only, whatever the environment says of proxies.
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
+# What was started by `nohup` ignores it, and so would every process that the tests start.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
 
 @pytest.fixture(scope="session")
 def real_model() -> Path:
