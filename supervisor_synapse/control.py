@@ -31,7 +31,16 @@ from supervisor_synapse.commands import Answer, Commands
 from supervisor_synapse.core.admission import Ledger
 from supervisor_synapse.core.decide import decide
 from supervisor_synapse.core.model import UNDER_WAY, Estimate, Phase, Program, Row, Snapshot
-from supervisor_synapse.core.state import Decision, ModelState, Now, Policy, Seen, Stop, Transition
+from supervisor_synapse.core.state import (
+    Action,
+    Decision,
+    ModelState,
+    Now,
+    Policy,
+    Seen,
+    Stop,
+    Transition,
+)
 from supervisor_synapse.errors import ShuttingDown, TransientError
 from supervisor_synapse.memory import Memory, Run
 from supervisor_synapse.observe import Observer, Watched, planned, slots_busy
@@ -269,14 +278,14 @@ class Listener:
     async def _tell_launchers(self, seen: Sequence[Seen], decision: Decision) -> None:
         """What somebody else started is up to its launcher until it is ready: that asks for it."""
         claims = {one.name: one.claim for one in seen}
-        up = {one.name: one.incarnation.pid for one in seen if one.incarnation is not None}
+        up = {one.name: one.incarnation for one in seen if one.incarnation is not None}
         asking = frozenset(name for name in up if _is_strange(decision.states[name]))
-        counted = [pid for name, pid in up.items() if name not in asking]
+        counted = [run for name, run in up.items() if name not in asking]
         await self._memory.tell(decision.ledger.without_claims_of(asking), claims, counted)
 
     async def _act(self, decision: Decision) -> None:
-        if any(isinstance(action, Stop) for action in decision.actions) and self._saving:
-            await self._saving  # a model that we stop for a while must not look stopped by hand
+        if self._saving and any(_is_for_a_while(action, decision) for action in decision.actions):
+            await self._saving  # else it would look stopped by hand to a listener after this one
         for action in decision.actions:
             refusal = await self._call(partial(self._effects.perform, action))
             if refusal:
@@ -366,6 +375,11 @@ class Listener:
         Only what a command must be sure of is waited for: a slow disk delays no start.
         """
         return await asyncio.get_running_loop().run_in_executor(self._disk_thread, function)
+
+
+def _is_for_a_while(action: Action, decision: Decision) -> bool:
+    """Whether a model is stopped that shall come back by itself."""
+    return isinstance(action, Stop) and decision.states[action.name].resume
 
 
 def _is_strange(state: ModelState) -> bool:

@@ -12,7 +12,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -62,10 +62,9 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class _Known:
-    """The ladders of all programs with the best figures there are, made of these."""
+    """The ladders of programs with the best figures there are; `stamp`: of which registry."""
 
     stamp: object = None
-    footprints: Footprints = field(default_factory=Footprints)
     rungs: Mapping[str, tuple[Rung, ...]] = field(default_factory=dict)
     estimates: Mapping[str, Estimate] = field(default_factory=dict)  # of what is deployed
 
@@ -76,16 +75,21 @@ class Memory:
     def __init__(self, deployment: Deployment) -> None:
         self._deployment = deployment
         self._thread = ThreadPoolExecutor(1, "memory")
-        self._footprints = footprints.load(deployment.footprints)
+        self._listener = ledger.process_of(os.getpid())
+        self._footprints = footprints.load(deployment.footprints)  # for the thread, from now on
         self._engine: tuple[str, Engine] | None = None
         self._known = _Known()
         self._readings: tuple[DeviceReading, ...] = ()
         self._read_at = -_READ_SECONDS
         self._read_of: object = None
         self._incarnations: Mapping[str, Incarnation] = {}  # whose memory was read
+        self._held: Mapping[str, tuple[tuple[str, int], ...]] = {}  # then, by device
+        self._families: dict[Incarnation, frozenset[int]] = {}  # for the thread
         self._reading: asyncio.Task[None] | None = None
         self._learned: dict[str, Incarnation] = {}
+        self._learning: asyncio.Task[None] | None = None
         self._learn_at = 0.0
+        self._launchers: dict[Incarnation, ledger.Process] = {}
         self._low: frozenset[str] = frozenset()
         self._told: ledger.Ledger | None = None
 
@@ -94,6 +98,8 @@ class Memory:
         return self._readings
 
     def close(self) -> None:
+        if self._learning is not None:
+            self._learning.cancel()
         self._thread.shutdown(wait=False, cancel_futures=True)
         with contextlib.suppress(OSError):
             ledger.remove(self._deployment.ledger)
@@ -117,7 +123,8 @@ class Memory:
         if of != self._read_of or is_due:
             await self._read(registry, runs, of)
         self._tell_pressure(registry.settings.memory_reserve)
-        await self._learn(registry, runs)
+        if self._learning is None:
+            self._begin_to_learn(registry, runs)
 
     async def _read(self, registry: Registry, runs: Mapping[str, Run], of: object) -> None:
         devices = registry.devices or (cpu.read(),)
@@ -135,14 +142,26 @@ class Memory:
         self, registry: Registry, devices: Sequence[Device], runs: Mapping[str, Run], of: object
     ) -> None:
         incarnations = {name: run.incarnation for name, run in runs.items()}
-        pids = {name: one.pid for name, one in incarnations.items()}
-        ask = partial(self._ask_engine, registry)
         try:
-            self._readings = await self._aside(partial(_read_all, devices, pids, ask))
+            self._readings = await self._aside(partial(self._read_all, registry, devices, runs))
             self._incarnations, self._read_of = incarnations, of
+            self._held = _by_program(self._readings)
             self._read_at = time.monotonic()
         finally:
             self._reading = None
+
+    def _read_all(
+        self, registry: Registry, devices: Sequence[Device], runs: Mapping[str, Run]
+    ) -> tuple[DeviceReading, ...]:
+        families = {name: self._family(run) for name, run in runs.items()}
+        self._families = {
+            run.incarnation: families[name] for name, run in runs.items() if run.is_ready
+        }
+        return drivers.read_all(devices, families, partial(self._ask_engine, registry))
+
+    def _family(self, run: Run) -> frozenset[int]:
+        """Its processes; once it is ready they stay the same."""
+        return self._families.get(run.incarnation) or processes.family(run.incarnation.pid)
 
     def _ask_engine(self, registry: Registry) -> Sequence[Device]:
         settings = registry.settings
@@ -188,104 +207,117 @@ class Memory:
         """By device, where its reader tells; of this very run."""
         if incarnation is None or self._incarnations.get(name) != incarnation:
             return ()
-        return tuple(
-            (reading.name, size)
-            for reading in self._readings
-            for holder, size in reading.held_bytes
-            if holder == name
-        )
+        return self._held.get(name, ())
 
     def estimate(self, program: Program) -> Estimate:
         """The best figures there are for what is deployed."""
         return self._known.estimates.get(program.name, program.estimate)
 
     async def _know(self, registry: Registry, stamp: object) -> None:
-        """Take up what was learned, or discovered, since the last look."""
-        if self._known.stamp == stamp and self._known.footprints is self._footprints:
+        """Take up what was discovered since the last look."""
+        if self._known.stamp == stamp:
             return
         try:
             self._known = await self._aside(
-                partial(self._ladders, registry, stamp, self._footprints)
+                partial(self._known_of, registry, stamp, registry.programs)
             )
-        except ConfigError as error:  # there is no engine just now: the formula must do
+        except (OSError, ConfigError) as error:  # no engine just now: the formula must do
             _log.warning("engine not found", extra={"reason": str(error)})
-            self._known = _Known(stamp, self._footprints)
+            self._known = _Known(stamp)
 
-    def _ladders(self, registry: Registry, stamp: object, known: Footprints) -> _Known:
-        engine = self._find_engine(registry.settings.engine) if known.by_key else None
+    def _known_of(self, registry: Registry, stamp: object, programs: Iterable[Program]) -> _Known:
+        """The best figures for these programs."""
+        learned = self._footprints
+        engine = self._find_engine(registry.settings.engine) if learned.by_key else None
 
         def best(one: Program | Variant) -> Estimate:
-            key = _key(_files(one), one.arguments, engine, registry.devices) if engine else None
-            found = footprints.known(known, key, one.estimate) if key else None
+            key = _key(one, engine, registry.devices) if engine else None
+            found = footprints.known(learned, key, one.estimate) if key else None
             return found or one.estimate
 
-        rungs = {
-            program.name: tuple(
-                Rung(one.label, admission.needs_of(best(one))) for one in program.ladder
-            )
-            for program in registry.programs
-        }
-        estimates = {program.name: best(program) for program in registry.programs}
-        return _Known(stamp, known, rungs, estimates)
+        return _Known(
+            stamp,
+            {
+                program.name: tuple(
+                    Rung(one.label, admission.needs_of(best(one))) for one in program.ladder
+                )
+                for program in programs
+            },
+            {program.name: best(program) for program in programs},
+        )
 
     # --- learning ---------------------------------------------------------------------------------
 
+    def _begin_to_learn(self, registry: Registry, runs: Mapping[str, Run]) -> None:
+        """What loads have really taken, once for each run; the loop does not wait for it."""
+        if time.monotonic() < self._learn_at:
+            return
+        new = {
+            name: run
+            for name, run in runs.items()
+            if run.is_ready
+            and run.loaded is not None
+            and self._incarnations.get(name) == run.incarnation
+            and self._learned.get(name) != run.incarnation
+        }
+        if new:
+            self._learning = asyncio.create_task(self._learn(registry, new))
+
     async def _learn(self, registry: Registry, runs: Mapping[str, Run]) -> None:
-        """What each load has really taken, once for each run."""
-        now = time.monotonic()
-        for name, run in runs.items():
-            is_read = self._incarnations.get(name) == run.incarnation
-            if self._learned.get(name) == run.incarnation or not (run.is_ready and is_read):
-                continue
-            if run.loaded is None or now < self._learn_at:
-                continue
-            held = dict(self.held(name, run.incarnation))
-            try:
-                self._footprints = await self._aside(
-                    partial(self._learn_aside, registry, run.program, run.loaded, held)
-                )
-                self._learned[name] = run.incarnation
-            except (OSError, TransientError, ConfigError) as error:
-                self._learn_at = now + _LEARN_AGAIN_SECONDS
-                _log.warning("footprint not written", extra={"model": name, "reason": str(error)})
+        stamp = self._known.stamp
+        held = {name: dict(self._held.get(name, ())) for name in runs}
+        try:
+            found = await self._aside(partial(self._learn_aside, registry, stamp, runs, held))
+        except (OSError, TransientError, ConfigError) as error:
+            self._learn_at = time.monotonic() + _LEARN_AGAIN_SECONDS
+            _log.warning("footprints not written", extra={"reason": str(error)})
+        else:
+            self._learned |= {name: run.incarnation for name, run in runs.items()}
+            if self._known.stamp == stamp:
+                rungs = {**self._known.rungs, **found.rungs}
+                self._known = _Known(stamp, rungs, {**self._known.estimates, **found.estimates})
+        finally:
+            self._learning = None
 
     def _learn_aside(
-        self, registry: Registry, program: Program, loaded: Loaded, held: Mapping[str, int]
-    ) -> Footprints:
+        self,
+        registry: Registry,
+        stamp: object,
+        runs: Mapping[str, Run],
+        held: Mapping[str, Mapping[str, int]],
+    ) -> _Known:
         engine = self._find_engine(registry.settings.engine)
-        key = _key(_files(program), program.arguments, engine, registry.devices)
-        if key is None:
-            return self._footprints
-        change = partial(
-            footprints.learn, key=key, loaded=loaded, driver_bytes=held, at=time.time()
-        )
-        return footprints.update(self._deployment.footprints, change)
+        at = time.time()
+
+        def with_all(known: Footprints) -> Footprints:
+            for name, run in runs.items():
+                key = _key(run.program, engine, registry.devices)
+                if key is not None and run.loaded is not None:
+                    known = footprints.learn(known, key, run.loaded, held[name], at=at)
+            return known
+
+        self._footprints = footprints.update(self._deployment.footprints, with_all)
+        return self._known_of(registry, stamp, [run.program for run in runs.values()])
 
     # --- the launchers' word ----------------------------------------------------------------------
 
     async def tell(
-        self,
-        found: Ledger,
-        claims: Mapping[str, Claim],
-        counted: Sequence[int],
+        self, found: Ledger, claims: Mapping[str, Claim], counted: Iterable[Incarnation]
     ) -> None:
         """Write down what may start now; before anything that was admitted is started.
 
-        `counted`: the launchers whose models the ledger knows of.
-
-        A launcher that finds no word goes ahead, so where it cannot be written none is left.
+        `counted`: the runs whose memory the ledger knows of; their launchers claim none. A launcher
+        that finds no word goes ahead, so where it cannot be written none is left.
         """
-        admitted = {one.name for one in found.commitments}
-        entries = {
-            name: _entry(found, claim, is_admitted=name in admitted)
-            for name, claim in claims.items()
+        self._launchers = {
+            run: self._launchers.get(run) or ledger.process_of(run.pid) for run in counted
         }
         rooms = {one.name: found.room(one.name) for one in found.readings}
         word = ledger.Ledger(
-            ledger.process_of(os.getpid()),
+            self._listener,
             {name: room // MIB * MIB for name, room in rooms.items() if room is not None},
-            tuple(ledger.process_of(pid) for pid in counted),
-            entries,
+            tuple(self._launchers.values()),
+            _entries(found, claims, rooms),
         )
         if word != self._told:
             self._told = await self._aside(partial(self._write_word, word))
@@ -303,21 +335,38 @@ class Memory:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function)
 
 
-def _read_all(
-    devices: Sequence[Device],
-    pids: Mapping[str, int],
-    ask_engine: Callable[[], Sequence[Device]],
-) -> tuple[DeviceReading, ...]:
-    families = {name: processes.family(pid) for name, pid in pids.items()}
-    return drivers.read_all(devices, families, ask_engine)
+def _by_program(
+    readings: Iterable[DeviceReading],
+) -> Mapping[str, tuple[tuple[str, int], ...]]:
+    """What each program holds, by device."""
+    found: dict[str, tuple[tuple[str, int], ...]] = {}
+    for reading in readings:
+        for name, size in reading.held_bytes:
+            found[name] = (*found.get(name, ()), (reading.name, size))
+    return found
 
 
-def _entry(found: Ledger, claim: Claim, *, is_admitted: bool) -> ledger.Entry:
-    needs = claim.deployed.needs
-    if is_admitted:
-        return ledger.Entry(True, dict(needs))
-    short = found.shortages(needs)
-    return ledger.Entry(False, dict(needs), admission.could_be_stopped(found, short))
+def _entries(
+    found: Ledger, claims: Mapping[str, Claim], rooms: Mapping[str, int | None]
+) -> Mapping[str, ledger.Entry]:
+    """What each model needs, and where that is not left, who could make room."""
+    admitted = {one.name for one in found.commitments}
+    could_stop: dict[frozenset[str], str] = {frozenset(): ""}
+    entries = {}
+    for name, claim in claims.items():
+        needs = dict(claim.deployed.needs)
+        if name in admitted:
+            entries[name] = ledger.Entry(True, needs)
+            continue
+        short = frozenset(
+            device
+            for device, needed in needs.items()
+            if (room := rooms.get(device)) is None or needed > room
+        )
+        if short not in could_stop:
+            could_stop[short] = admission.could_be_stopped(found, short)
+        entries[name] = ledger.Entry(False, needs, could_stop[short])
+    return entries
 
 
 def _files(served: Program | Variant) -> tuple[str, ...]:
@@ -326,11 +375,9 @@ def _files(served: Program | Variant) -> tuple[str, ...]:
     return (*first, *([served.projector_path] if served.projector_path else []))
 
 
-def _key(
-    files: Sequence[str], arguments: Sequence[str], engine: Engine, devices: Sequence[Device]
-) -> str | None:
+def _key(one: Program | Variant, engine: Engine, devices: Sequence[Device]) -> str | None:
     """Names what a footprint holds for; None where a file cannot be looked at."""
-    identities = footprints.identities(files)
+    identities = footprints.identities(_files(one))
     if not identities:
         return None
-    return footprints.footprint_key(identities, arguments, engine.version, devices)
+    return footprints.footprint_key(identities, one.arguments, engine.version, devices)

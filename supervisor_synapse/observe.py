@@ -57,6 +57,7 @@ _MOST_PATIENT = 64
 _MOST_ASIDE = 4
 _LOG_TAIL_BYTES = 16 * 1024
 _LOAD_TEXT_BYTES = 512 * 1024
+_MOST_LOAD_LOOKS = 3  # a log that does not tell then never will
 _LARGEST_KEY_FILE_BYTES = 4096
 
 _ENDED = frozenset({ProcessState.EXITED, ProcessState.FATAL})
@@ -94,6 +95,7 @@ class Watched:
     reading: Reading | None = None  # of that device, while it ran
     measured_at: float = 0.0
     loaded: Loaded | None = None  # what its log tells of its load
+    load_looks: int = 0  # how often that was looked for
     answered: asyncio.Event = field(default_factory=asyncio.Event)  # or failed to, once
     tending: asyncio.Task[None] | None = None
     asking: asyncio.Task[None] | None = None  # the patient question that is out
@@ -312,7 +314,7 @@ class Observer:
             await self._measure(process, watched)
             return
         await self._measure(process, watched)
-        if watched.loaded is None:  # its log came late
+        if watched.loaded is None and watched.load_looks < _MOST_LOAD_LOOKS:  # its log came late
             await self._read_load(watched, program, process)
         if watched.served.sleeps and await self._on(self._quick, Prober.is_asleep, watched.prober):
             watched.live = probes.on_sleep(watched.live, time.monotonic())
@@ -340,10 +342,10 @@ class Observer:
 
     async def _read_load(self, watched: Watched, program: Program, process: Process) -> None:
         """What the load took, and whether it came onto the device that it was meant for."""
-        tail = await self._on(self._aside, _load_text, Path(process.logfile))
-        watched.loaded = parse_load(tail)
+        watched.load_looks += 1
+        watched.loaded, on_host = await self._on(self._aside, _load_told, Path(process.logfile))
         if any(part.device != HOST and part.weights_bytes for part in program.estimate.parts):
-            watched.live = replace(watched.live, on_host=is_on_host(tail))
+            watched.live = replace(watched.live, on_host=on_host)
 
     async def _ask_health(self, watched: Watched, program: Program, process: Process) -> None:
         health = await self._on(self._quick, Prober.health, watched.prober)
@@ -568,6 +570,7 @@ def _log_tail(path: Path, most_bytes: int = _LOG_TAIL_BYTES) -> str:
         return ""
 
 
-def _load_text(path: Path) -> str:
-    """The end of a model's log, in which it tells of its load."""
-    return _log_tail(path, _LOAD_TEXT_BYTES)
+def _load_told(path: Path) -> tuple[Loaded | None, str]:
+    """What a model's log tells of its load; and the line that shows it on the host, if one does."""
+    text = _log_tail(path, _LOAD_TEXT_BYTES)
+    return parse_load(text), is_on_host(text)

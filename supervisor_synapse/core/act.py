@@ -42,7 +42,6 @@ from supervisor_synapse.core.waves import free_places
 
 # supervisord tells runs apart by whole seconds.
 _START_SPACING_SECONDS = 1.05
-_SEEN_START_SECONDS = 2.5  # the loop looks more often than that
 _KILL_AGAIN_SECONDS = 5.0
 # A load that takes longer no longer keeps others from loading.
 _LOADING_PLACE_SECONDS = 60.0
@@ -51,6 +50,7 @@ _IMMOVABLE_SECONDS = 300.0
 _MOST_DOUBLINGS = 6  # of the wait before a climb
 
 _WAITS = frozenset({Phase.PENDING, Phase.DEFERRED})
+_LEAVES = frozenset({Phase.READY, Phase.DRAINING, Phase.STOPPING, Phase.VERIFYING})
 _OUT_OF_ROOM = frozenset({FailureClass.OUT_OF_MEMORY, FailureClass.NOT_OFFLOADED})
 _UP = frozenset({ProcessState.RUNNING, ProcessState.STARTING})
 
@@ -279,7 +279,7 @@ def _pending(state: ModelState, reason: str) -> ModelState:
 
 def _is_evicted(state: ModelState) -> bool:
     """Whether it is on its way out for another."""
-    return bool(state.evicted_for) and state.phase not in _WAITS
+    return bool(state.evicted_for) and state.phase in _LEAVES
 
 
 def _idle(seen: Sequence[Seen], after: dict[str, ModelState], now: Now) -> list[Idle]:

@@ -108,7 +108,7 @@ class Ledger:
     reserve: Reserve = field(default_factory=Reserve)
 
     def room(self, device: str) -> int | None:
-        """What may still be given away; None: nothing is known of this device."""
+        """What may still be given away of a device; None: nothing is known of it."""
         reading = next((one for one in self.readings if one.name == device), None)
         if reading is None or reading.free_bytes is None:
             return None
@@ -219,9 +219,9 @@ def victims(
     return tuple(chosen)
 
 
-def could_be_stopped(ledger: Ledger, shortages: Iterable[Shortage]) -> str:
-    """Who holds most of what is short, for a person: `a (500 MiB), b (300 MiB)`."""
-    devices = {one.device for one in shortages}
+def could_be_stopped(ledger: Ledger, devices: Iterable[str]) -> str:
+    """Who holds most of devices that are short, for a person: `a (500 MiB), b (300 MiB)`."""
+    devices = frozenset(devices)
     sizes = {
         one.name: sum(one.committed(device) for device in devices) for one in ledger.commitments
     }

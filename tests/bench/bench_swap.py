@@ -119,7 +119,10 @@ def _by_router(folder: Path) -> float:
 def _deploy(deployment: Deployment, folder: Path, *, together: bool) -> None:
     settings = (
         "model_dirs = {folder}\nenable = none\nmemory_reserve = {reserve}\n"
-        "[model:*]\ncontext = 2048\nparallel = 4\n[model:one]\nenabled = true"
+        # Room for prompts is set aside, and not taken at once: so free memory that comes and goes
+        # does not matter beside it.
+        "[model:*]\ncontext = 2048\nparallel = 4\nargs = --cache-ram 1024\n"
+        "[model:one]\nenabled = true"
     )
     deployment.configure(settings.format(folder=folder, reserve=0))
     if not together:  # room for one, and half of another: the old one must go first

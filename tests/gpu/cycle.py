@@ -286,9 +286,8 @@ def ends(report: Report, gpu: Gpu, source: Path) -> None:
             holds=abs(gpu.used - base - full) <= 8 * MIB,
         )
         at.synapse("down")
-    time_left = time.monotonic() + 10
-    while gpu.used > base and time.monotonic() < time_left:
-        time.sleep(0.05)
+    with contextlib.suppress(AssertionError):
+        wait_until(lambda: gpu.used <= base, 10)
     left = gpu.used - base
     report.check(f"after all {mib(left)} are left over the baseline", holds=left <= MIB)
 
