@@ -57,6 +57,7 @@ class World:
     total: int = 8
     stranger: int = 0
     readable: bool = True
+    deaf: bool = False  # it takes no stop
     at: float = 1000.0
     states: Mapping[str, ModelState] = field(default_factory=dict)
     seen: list[str] = field(default_factory=list)  # every action, in words
@@ -104,6 +105,8 @@ class World:
                 one = self.models[name]
                 # What was disabled drains first, which is not simulated.
                 assert not (one.busy and one.enabled), "a busy model is not stopped for others"
+                if self.deaf:
+                    return
                 one.pid, one.state = 0, ProcessState.STOPPED
             case SetRung(name=name, rung=rung):
                 one = self.models[name]
@@ -219,6 +222,16 @@ def test_an_idle_and_less_important_model_makes_room_and_comes_back() -> None:
     assert at.settle() == {"low": Phase.DEFERRED, "top": Phase.READY}
     at.models["top"].enabled = False
     assert at.settle() == {"low": Phase.READY, "top": Phase.DISABLED}
+
+
+def test_a_stop_that_was_not_taken_is_asked_for_again() -> None:
+    at = world(WhenFull.EVICT, low=Simulated((6,), priority=30), top=Simulated((6,), enabled=False))
+    at.settle()
+    at.models["top"].enabled, at.deaf = True, True
+    assert at.settle()["top"] is Phase.PENDING
+    assert at.seen.count("Stop low") > 1
+    at.deaf = False
+    assert at.settle() == {"low": Phase.DEFERRED, "top": Phase.READY}
 
 
 def test_under_pressure_the_least_important_idle_model_goes() -> None:
