@@ -696,9 +696,19 @@ def end_orphans(record: str) -> list[int]:
         return []  # no run, one that lives, or a number that is someone else's by now
     ended = [member for member in _members_of(int(pid)) if _kill_marked(member, record)]
     until = time.monotonic() + _KILL_SECONDS
-    while any(map(_start_of, ended)) and time.monotonic() < until:
+    while any(map(_is_going, ended)) and time.monotonic() < until:
         time.sleep(0.01)
     return ended
+
+
+def _is_going(pid: int) -> bool:
+    """Whether it lives, or is a zombie with threads that have still to let go of its port."""
+    if _start_of(pid):
+        return True
+    try:
+        return len(os.listdir(f"/proc/{pid}/task")) > 1
+    except OSError:
+        return False
 
 
 def write_record(record: str) -> None:

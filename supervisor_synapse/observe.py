@@ -56,6 +56,7 @@ _MOST_QUICK = 16
 _MOST_PATIENT = 64
 _MOST_ASIDE = 4
 _LOG_TAIL_BYTES = 16 * 1024
+_IDLE_WORDS = b"all slots are idle"  # llama-server, at the verbosity that we ask for
 _LOAD_TEXT_BYTES = 512 * 1024
 _MOST_LOAD_LOOKS = 3  # a log that does not tell then never will
 _LARGEST_KEY_FILE_BYTES = 4096
@@ -246,8 +247,8 @@ class Observer:
         try:
             leaving.residue = (
                 await self._processes_left(leaving)
-                or await self._on(self._aside, _still_listening, leaving.port)
-                or await self._memory_kept(leaving)
+                or await self._kept(_still_listening, leaving.port)
+                or await self._kept(_kept_by_device, leaving)
             )
         except Exception:
             _log.exception("cannot verify a stop", extra={"model": name})
@@ -267,11 +268,11 @@ class Observer:
                 await self._on(self._aside, processes.kill_all, left)
             await asyncio.sleep(_GONE_POLL_SECONDS)
 
-    async def _memory_kept(self, leaving: Leaving) -> str:
-        """A driver may take a moment to give memory back."""
+    async def _kept(self, look: Callable[[_A], str], of: _A) -> str:
+        """What is still there after a while: the kernel and drivers may take a moment."""
         begun = time.monotonic()
         while True:
-            kept = await self._on(self._aside, _kept_by_device, leaving)
+            kept = await self._on(self._aside, look, of)
             if not kept or time.monotonic() - begun > _GONE_SECONDS:
                 return kept
             await asyncio.sleep(_GONE_POLL_SECONDS)
@@ -330,15 +331,16 @@ class Observer:
         """Whether an idle server is left alone, since each question for its counters keeps it
         awake: until it is due to sleep, or its log shows that somebody uses it.
         """
-        before, activity = watched.logged_bytes, watched.live.activity
-        watched.logged_bytes = await self._on(self._aside, _size, process.logfile)
+        activity = watched.live.activity
+        look = partial(used_since, Path(process.logfile))
+        watched.logged_bytes, is_used = await self._on(self._aside, look, watched.logged_bytes)
         is_idle = activity is not None and activity.busy == 0 and watched.asking is None
         is_due = (
             watched.drain_at is not None
             or time.monotonic() - watched.told_at
             >= watched.served.sleep_seconds + _DOZE_MARGIN_SECONDS
         )
-        return is_idle and watched.logged_bytes == before and not is_due
+        return is_idle and not is_used and not is_due
 
     async def _read_load(self, watched: Watched, program: Program, process: Process) -> None:
         """What the load took, and whether it came onto the device that it was meant for."""
@@ -568,6 +570,23 @@ def _log_tail(path: Path, most_bytes: int = _LOG_TAIL_BYTES) -> str:
             return file.read(most_bytes).decode("utf-8", "replace")
     except OSError:
         return ""
+
+
+def used_since(path: Path, before: int) -> tuple[int, bool]:
+    """How far a model's log reaches in whole lines, and whether those since `before` bytes show
+    that somebody uses it: our own questions leave a line that says only that nobody does.
+    """
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, 2)
+            if not 0 <= size - before <= _LOG_TAIL_BYTES or before < 0:
+                return size, True
+            file.seek(before)
+            lines, newline, _ = file.read(_LOG_TAIL_BYTES).rpartition(b"\n")
+    except OSError:
+        return before, False
+    is_used = any(_IDLE_WORDS not in line for line in lines.splitlines())
+    return before + len(lines) + len(newline), is_used
 
 
 def _load_told(path: Path) -> tuple[Loaded | None, str]:

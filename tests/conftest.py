@@ -29,8 +29,11 @@ _POLL_SECONDS = 0.02
 # Loopback only, whatever the environment says of proxies.
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
-# What was started by `nohup` ignores it, and so would every process that the tests start.
+# What was started by `nohup`, or in the background of a script, ignores these, and so would every
+# process that the tests start.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

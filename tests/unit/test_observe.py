@@ -12,15 +12,17 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import psutil
+import pytest
 
 from supervisor_synapse.adapters import processes
 from supervisor_synapse.adapters.supervisord import Process
 from supervisor_synapse.core.model import ProcessState
 from supervisor_synapse.core.settings import ProbePolicy
 from supervisor_synapse.core.state import Seen
-from supervisor_synapse.observe import Observer, Wanted
+from supervisor_synapse.observe import Observer, Wanted, used_since
 from tests.conftest import free_port
 from tests.unit.builders import program
 
@@ -171,3 +173,25 @@ def test_a_port_that_is_still_listened_on_is_told_and_its_holder_is_left_alone()
             looks, _ = asyncio.run(_seen_after_the_end(run, port))
         assert looks[-1].residue.startswith(f"port {port} is listened on by ")
         assert f"(pid {os.getpid()})" in looks[-1].residue
+
+
+@pytest.mark.parametrize(
+    ("lines", "used"),
+    [
+        (b"", False),
+        (b"0.02 I srv  update_slots: all slots are idle\n" * 3, False),
+        (b"0.02 I slot launch_slot_: processing task\n0.03 I srv  all slots are idle\n", True),
+        (b"half of a li", False),
+        (b"x\n" * 20_000, True),
+    ],
+)
+def test_our_own_questions_are_no_use_of_a_server(tmp_path: Path, lines: bytes, used: bool) -> None:
+    """Only whole lines count, and each of them once."""
+    log = tmp_path / "m.log"
+    log.write_bytes(b"loaded\n")
+    reached, at_first = used_since(log, -1)
+    assert (reached, at_first) == (7, True)
+    log.write_bytes(b"loaded\n" + lines)
+    reached, found = used_since(log, reached)
+    assert found is used
+    assert used_since(log, reached) == (reached, False)
