@@ -137,10 +137,12 @@ def _new_leaves(swap: Swap, old: Phase, new: Phase) -> Swap | Outcome:
 
 
 def _old_returns(swap: Swap, old: Phase, new: Phase, reasons: Mapping[str, str]) -> Swap | Outcome:
+    if new not in AT_REST:  # it may have been started by hand meanwhile
+        return swap
     if old in AT_REST:
         also = _why(swap.old, reasons)
         return Outcome(ok=False, message=f"{swap.why_undone}; and {also}")
-    if old is Phase.READY and new in AT_REST:
+    if old is Phase.READY:
         return Outcome(ok=False, message=f"{swap.why_undone}; {swap.old} is back")
     return swap
 

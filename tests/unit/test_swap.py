@@ -181,6 +181,12 @@ def test_a_model_that_is_gone_from_the_configuration_ends_the_swap(together: boo
     assert other == Outcome(True, "b serves, a is stopped")
 
 
+@pytest.mark.parametrize("old", [Phase.DISABLED, Phase.READY])
+def test_no_undoing_ends_while_the_new_one_is_on_its_way(old: Phase) -> None:
+    at = swap(Step.OLD_RETURNS)
+    assert look(at, old, Phase.PENDING) is at
+
+
 # --- whatever happens -----------------------------------------------------------------------------
 
 
