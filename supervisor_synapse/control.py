@@ -232,8 +232,7 @@ class Listener:
         )  # fmt: skip
 
     def _with_claim(self, seen: Seen, program: Program) -> Seen:
-        held = self._memory.held(program.name, seen.incarnation)
-        return replace(seen, claim=replace(self._memory.claim(program), held=held))
+        return replace(seen, claim=self._memory.claim(program, seen.incarnation))
 
     # --- commands ---------------------------------------------------------------------------------
 
@@ -360,7 +359,8 @@ class Listener:
         return tuple(
             _row(
                 programs[one.name], one, self._states[one.name], self._observer.watched(one.name),
-                self._memory.estimate(programs[one.name]), generation, now,
+                self._memory.estimate(programs[one.name]),
+                self._memory.measured(programs[one.name], one.incarnation), generation, now,
             )
             for one in seen
         )  # fmt: skip
@@ -416,6 +416,7 @@ def _row(
     state: ModelState,
     watched: Watched | None,
     estimate: Estimate,
+    measured_bytes: int | None,
     generation: int,
     now: float,
 ) -> Row:
@@ -428,7 +429,7 @@ def _row(
         url=served.url, alias=served.alias, context=served.context, parallel=served.parallel,
         device=program.device, estimated_bytes=estimate.total_bytes,
         estimate_source=estimate.source.value,
-        measured_bytes=watched.memory_bytes if watched else None,
+        measured_bytes=measured_bytes or (watched.memory_bytes if watched else None),
         slots_busy=slots_busy(watched) if watched else None, slots_total=served.parallel,
         restarts=state.restarts, ready_seconds=state.ready_seconds if seen.incarnation else None,
         generation=generation, trial=False, last_failure=state.last_failure,

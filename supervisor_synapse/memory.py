@@ -26,6 +26,7 @@ from supervisor_synapse.adapters.gpu import cpu, drivers
 from supervisor_synapse.adapters.registry import Registry
 from supervisor_synapse.core import admission
 from supervisor_synapse.core.admission import Claim, Ledger, Rung
+from supervisor_synapse.core.estimate import HOST
 from supervisor_synapse.core.load_log import Loaded
 from supervisor_synapse.core.model import (
     Device,
@@ -82,7 +83,7 @@ class Memory:
         self._readings: tuple[DeviceReading, ...] = ()
         self._read_at = -_READ_SECONDS
         self._read_of: object = None
-        self._incarnations: Mapping[str, Incarnation] = {}  # whose memory was read
+        self._read_runs: Mapping[str, Run] = {}  # as they were then
         self._held: Mapping[str, tuple[tuple[str, int], ...]] = {}  # then, by device
         self._families: dict[Incarnation, frozenset[int]] = {}  # for the thread
         self._reading: asyncio.Task[None] | None = None
@@ -117,7 +118,9 @@ class Memory:
     ) -> None:
         """Read the devices, where that is due. `stamp` changes with the registry."""
         await self._know(registry, stamp)
-        of = (frozenset((name, run.incarnation) for name, run in runs.items()), leaving)
+        # What was read on the way up says little, so again once one is ready.
+        up = frozenset((name, run.incarnation, run.is_ready) for name, run in runs.items())
+        of = (up, leaving)
         age = time.monotonic() - self._read_at
         is_due = age >= (_READ_OFTEN_SECONDS if is_awaited else _READ_SECONDS)
         if of != self._read_of or is_due:
@@ -141,10 +144,9 @@ class Memory:
     async def _read_aside(
         self, registry: Registry, devices: Sequence[Device], runs: Mapping[str, Run], of: object
     ) -> None:
-        incarnations = {name: run.incarnation for name, run in runs.items()}
         try:
             self._readings = await self._aside(partial(self._read_all, registry, devices, runs))
-            self._incarnations, self._read_of = incarnations, of
+            self._read_runs, self._read_of = runs, of
             self._held = _by_program(self._readings)
             self._read_at = time.monotonic()
         finally:
@@ -193,19 +195,28 @@ class Memory:
 
     # --- claims -----------------------------------------------------------------------------------
 
-    def claim(self, program: Program) -> Claim:
-        """What a program asks of the devices, and what its run was last seen to hold."""
+    def claim(self, program: Program, incarnation: Incarnation | None = None) -> Claim:
+        """What a program asks of the devices, and what this run of it was last seen to hold."""
         rungs = self._known.rungs.get(program.name) or (
             Rung("as configured", admission.needs_of(program.estimate)),
         )
         return Claim(
-            rungs=rungs, rung=min(program.rung, len(rungs) - 1), priority=program.priority,
+            rungs=rungs, rung=min(program.rung, len(rungs) - 1),
+            held=self._held_by(program.name, incarnation), priority=program.priority,
             is_pinned=program.pinned,
         )  # fmt: skip
 
-    def held(self, name: str, incarnation: Incarnation | None) -> tuple[tuple[str, int], ...]:
+    def measured(self, program: Program, incarnation: Incarnation | None) -> int | None:
+        """What a run holds on the device that it was put on; where no reader tells, what is
+        resident of it. Bytes; None where it was not seen yet, or nothing is told.
+        """
+        held = dict(self._held_by(program.name, incarnation))
+        return held.get(program.device) or held.get(HOST)
+
+    def _held_by(self, name: str, incarnation: Incarnation | None) -> tuple[tuple[str, int], ...]:
         """By device, where its reader tells; of this very run."""
-        if incarnation is None or self._incarnations.get(name) != incarnation:
+        read = self._read_runs.get(name)
+        if incarnation is None or read is None or read.incarnation != incarnation:
             return ()
         return self._held.get(name, ())
 
@@ -257,11 +268,16 @@ class Memory:
             for name, run in runs.items()
             if run.is_ready
             and run.loaded is not None
-            and self._incarnations.get(name) == run.incarnation
+            and self._was_read_ready(name, run)
             and self._learned.get(name) != run.incarnation
         }
         if new:
             self._learning = asyncio.create_task(self._learn(registry, new))
+
+    def _was_read_ready(self, name: str, run: Run) -> bool:
+        """Whether the last reading shows all that it takes, and not what it had on its way up."""
+        read = self._read_runs.get(name)
+        return read is not None and read.is_ready and read.incarnation == run.incarnation
 
     async def _learn(self, registry: Registry, runs: Mapping[str, Run]) -> None:
         stamp = self._known.stamp

@@ -91,9 +91,10 @@ class Watched:
     drain_at: float | None = None  # it stops when it is idle, since then
     hurry: asyncio.Event = field(default_factory=asyncio.Event)  # to ask now
     logged_bytes: int = -1
-    memory_bytes: int | None = None  # on its device
+    memory_bytes: int | None = None  # resident, while it loads
     device: Device | None = None  # where that is not the host
     reading: Reading | None = None  # of that device, while it ran
+    device_bytes: int = 0  # of that, its own
     measured_at: float = 0.0
     loaded: Loaded | None = None  # what its log tells of its load
     load_looks: int = 0  # how often that was looked for
@@ -237,7 +238,7 @@ class Observer:
         """Begin to look for what a run may have left behind."""
         leaving = Leaving(
             watched.incarnation, watched.served.port, watched.device, watched.reading,
-            (watched.memory_bytes or 0) if watched.reading else 0,
+            watched.device_bytes if watched.reading else 0,
         )  # fmt: skip
         leaving.task = asyncio.create_task(self._await_gone(name, leaving))
         self._leaving[name] = leaving
@@ -419,7 +420,9 @@ class Observer:
         watched.measured_at = now
         pid = watched.incarnation.pid
         if ready:
-            await self._on(self._aside, _measure_ready, watched)
+            if watched.device is not None:
+                look = partial(_measure_device, device=watched.device)
+                await self._on(self._aside, look, watched)
             return
         memory, read = await self._on(self._aside, processes.footprint, pid)
         logged = await self._on(self._aside, _size, process.logfile)
@@ -504,12 +507,11 @@ def _measure_seconds(age_seconds: float, *, ready: bool) -> float:
     return _MEMORY_SECONDS if age_seconds > _SETTLED_SECONDS else _SETTLING_MEMORY_SECONDS
 
 
-def _measure_ready(watched: Watched) -> None:
-    """Memory on the run's device, as its driver has it; on the host, what is resident."""
-    pid = watched.incarnation.pid
-    watched.reading = drivers.read(watched.device) if watched.device is not None else None
-    held = watched.reading.held_by(processes.family(pid)) if watched.reading else 0
-    watched.memory_bytes = held or processes.resident_bytes(pid)
+def _measure_device(watched: Watched, device: Device) -> None:
+    """What a run has on its device while all is well; what it leaves there is told by that."""
+    watched.reading = drivers.read(device)
+    if watched.reading is not None:
+        watched.device_bytes = watched.reading.held_by(processes.family(watched.incarnation.pid))
 
 
 def _kept_by_device(leaving: Leaving) -> str:

@@ -164,7 +164,8 @@ def _with_residue(reason: str, seen: Seen) -> str:
 def _running(state: ModelState, seen: Seen, now: Now, policy: Policy) -> ModelState:
     """Startup, then readiness, then liveness; no evidence changes nothing."""
     # It runs: whoever stops it from now on is heeded, and a stop of ours was not.
-    state = replace(state, resume=False, evicted_for="", target_rung=None)
+    if state.resume or state.evicted_for or state.target_rung is not None:
+        state = replace(state, resume=False, evicted_for="", target_rung=None)
     if state.killed_at is not None:
         return state  # what a killed server answers, or no longer answers, is no evidence
     match seen.verdict:
