@@ -13,12 +13,12 @@ import shlex
 import socket
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
-from supervisor_synapse import render
+from supervisor_synapse import figures, render
 from supervisor_synapse.adapters import (
     demo_model,
-    footprints,
     hfcache,
     intent,
     registry,
@@ -42,14 +42,11 @@ from supervisor_synapse.core.estimate import HOST
 from supervisor_synapse.core.model import (
     Device,
     Engine,
-    Estimate,
-    FileIdentity,
     Part,
     Problem,
     Program,
     Variant,
 )
-from supervisor_synapse.core.placement import Known, nothing_known
 from supervisor_synapse.core.plan import (
     Choice,
     Plan,
@@ -110,7 +107,10 @@ def discover(
     running = _running(rpc, earlier)
     found = hfcache.scan(settings.cache_dirs, settings.model_dirs, HeaderCache(deployment.headers))
     catalog = build_catalog(found.files, earlier.names())
-    devices = _devices(engine, settings, running)
+    read = (*engines.devices(engine, settings.rpc), cpu.read())
+    devices = _with_our_own(read, running)
+    demo = (demo or earlier.demo) and any(one.repo == demo_model.REPO for one in catalog.models)
+    models = catalog.models if demo else _without_demo(catalog.models)
     on_disk = _blocks(deployment)
     deployed = _deployed(on_disk, earlier)
     forced = frozenset(forced)
@@ -118,15 +118,19 @@ def discover(
     ours = {program.port for program in running}
     if rpc is not None:
         ours |= {choice.port for choice in forgotten.values()}
+    known = figures.read(deployment, engine, devices, models, earlier.programs)
     world = World(
         devices=devices, engine=engine, earlier=earlier.choices() | forgotten,
         port_is_free=_port_check(settings.host, ours), intent=intent.load(deployment.intent),
-        known=_known(deployment, engine, devices),
+        known=known.known, scratch=known.scratch,
         edited=_edited(on_disk, deployed, earlier, forced),
     )  # fmt: skip
-    demo = (demo or earlier.demo) and any(one.repo == demo_model.REPO for one in catalog.models)
-    models = catalog.models if demo else _without_demo(catalog.models)
-    plan, links = _reachable(make_plan(models, settings, world), deployment, earlier.paths())
+    ask = partial(
+        figures.ask, deployment=deployment, models={model.key: model for model in models},
+        free_bytes=min(device.free_bytes for device in read), is_serving=bool(running),
+    )  # fmt: skip
+    plan = _planned(models, settings, world, known, ask)
+    plan, links = _reachable(plan, deployment, earlier.paths())
     looked = (*found.problems, *catalog.problems)
     sight = _Sight(found.unread, looked)
     meant = _meant(deployment, settings, engine, earlier, plan, sight, deployed, forced)
@@ -197,23 +201,19 @@ def _meant(
     return _Meant(plan, blocks, changes, tuple(problems))
 
 
-def _known(deployment: Deployment, engine: Engine, devices: tuple[Device, ...]) -> Known:
-    """What earlier loads took."""
-    learned = footprints.load(deployment.footprints)
-    if not learned.by_key:
-        return nothing_known
-    identities: dict[str, tuple[FileIdentity, ...]] = {}
+_Ask = Callable[[figures.Figures, Sequence[Program]], figures.Figures]
 
-    def known(model: Model, arguments: tuple[str, ...], formula: Estimate) -> Estimate | None:
-        if model.key not in identities:
-            files = (*(model.shards or (model.path,)), *filter(None, [model.projector]))
-            identities[model.key] = footprints.identities(files)
-        if not identities[model.key]:
-            return None
-        key = footprints.footprint_key(identities[model.key], arguments, engine.version, devices)
-        return footprints.known(learned, key, formula)
 
-    return known
+def _planned(
+    models: Sequence[Model], settings: Settings, world: World, known: figures.Figures, ask: _Ask
+) -> Plan:
+    """The plan; where the formula leaves in doubt what fits, made again with the engine's word."""
+    plan = make_plan(models, settings, world)
+    doubtful = figures.in_doubt(plan.programs, world.devices, settings.memory_reserve)
+    told = ask(known, doubtful)
+    if told is known:
+        return plan
+    return make_plan(models, settings, replace(world, known=told.known, scratch=told.scratch))
 
 
 def generate_demo(settings: Settings) -> Path:
@@ -237,10 +237,8 @@ def _running(rpc: Supervisord | None, earlier: Registry) -> tuple[Program, ...]:
     return tuple(program for program in earlier.programs if program.name in up)
 
 
-def _devices(
-    engine: Engine, settings: Settings, running: tuple[Program, ...]
-) -> tuple[Device, ...]:
-    """All devices, with what our own running models hold counted as free: it is theirs to keep."""
+def _with_our_own(devices: tuple[Device, ...], running: tuple[Program, ...]) -> tuple[Device, ...]:
+    """What our own running models hold is counted as free: it is theirs to keep."""
     held: dict[str, int] = {}
     for part in (part for program in running for part in program.estimate.parts):
         held[part.device] = held.get(part.device, 0) + _held_bytes(part)
@@ -249,7 +247,7 @@ def _devices(
             device,
             free_bytes=min(device.free_bytes + held.get(device.name, 0), device.total_bytes),
         )
-        for device in (*engines.devices(engine, settings.rpc), cpu.read())
+        for device in devices
     )
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
+from supervisor_synapse import figures
 from supervisor_synapse.adapters import engine as engines
 from supervisor_synapse.adapters import footprints, ledger, processes
 from supervisor_synapse.adapters.deployment import Deployment
@@ -229,12 +230,15 @@ class Memory:
         if self._known.stamp == stamp:
             return
         try:
-            self._known = await self._aside(
-                partial(self._known_of, registry, stamp, registry.programs)
-            )
+            self._known = await self._aside(partial(self._known_anew, registry, stamp))
         except (OSError, ConfigError) as error:  # no engine just now: the formula must do
             _log.warning("engine not found", extra={"reason": str(error)})
             self._known = _Known(stamp)
+
+    def _known_anew(self, registry: Registry, stamp: object) -> _Known:
+        """With what discovery may have asked the engine since the last look."""
+        self._footprints = footprints.load(self._deployment.footprints)
+        return self._known_of(registry, stamp, registry.programs)
 
     def _known_of(self, registry: Registry, stamp: object, programs: Iterable[Program]) -> _Known:
         """The best figures for these programs."""
@@ -242,8 +246,7 @@ class Memory:
         engine = self._find_engine(registry.settings.engine) if learned.by_key else None
 
         def best(one: Program | Variant) -> Estimate:
-            key = _key(one, engine, registry.devices) if engine else None
-            found = footprints.known(learned, key, one.estimate) if key else None
+            found = figures.of_program(learned, one, engine, registry.devices) if engine else None
             return found or one.estimate
 
         return _Known(
@@ -307,7 +310,7 @@ class Memory:
 
         def with_all(known: Footprints) -> Footprints:
             for name, run in runs.items():
-                key = _key(run.program, engine, registry.devices)
+                key = figures.key_of(run.program, engine, registry.devices)
                 if key is not None and run.loaded is not None:
                     known = footprints.learn(known, key, run.loaded, held[name], at=at)
             return known
@@ -383,17 +386,3 @@ def _entries(
             could_stop[short] = admission.could_be_stopped(found, short)
         entries[name] = ledger.Entry(False, needs, could_stop[short])
     return entries
-
-
-def _files(served: Program | Variant) -> tuple[str, ...]:
-    """All files of what is served."""
-    first = served.shards or (served.model_path,)
-    return (*first, *([served.projector_path] if served.projector_path else []))
-
-
-def _key(one: Program | Variant, engine: Engine, devices: Sequence[Device]) -> str | None:
-    """Names what a footprint holds for; None where a file cannot be looked at."""
-    identities = footprints.identities(_files(one))
-    if not identities:
-        return None
-    return footprints.footprint_key(identities, one.arguments, engine.version, devices)

@@ -150,6 +150,18 @@ def scratch_elements(footprints: Footprints, key: str) -> int | None:
     return scratch.elements if scratch else None
 
 
+def merged(footprints: Footprints, newer: Footprints) -> Footprints:
+    """With what `newer` has and this has not. Of loads that both know, this one knows better."""
+    for key, footprint in newer.by_key.items():
+        if key not in footprints.by_key:
+            footprints = _with_footprint(footprints, key, footprint)
+    new = {key: one for key, one in newer.scratches.items() if footprints.scratches.get(key) != one}
+    for key, scratch in new.items():
+        scratches = _with_latest(footprints.scratches, key, scratch)
+        footprints = replace(footprints, scratches=scratches)
+    return footprints
+
+
 def _with_footprint(footprints: Footprints, key: str, footprint: Footprint) -> Footprints:
     return replace(footprints, by_key=_with_latest(footprints.by_key, key, footprint))
 

@@ -53,6 +53,14 @@ def nothing_known(_model: Model, _arguments: tuple[str, ...], _formula: Estimate
     """No model was ever loaded."""
 
 
+# A model's scratch for a load, where one like it has told (see core/estimate.py).
+Scratch = Callable[[Model, Load], int | None]
+
+
+def never_calibrated(_model: Model, _load: Load) -> None:
+    """Nor was the engine asked."""
+
+
 class Placement(NamedTuple):
     """How much of a model lies where. `layers` counts the output layer as one."""
 
@@ -105,6 +113,7 @@ class World:
     intent: Mapping[str, bool] = field(default_factory=dict)  # enabled or disabled by command
     # What was learned or asked of the engine for these very files and arguments; beats the formula.
     known: Known = nothing_known
+    scratch: Scratch = never_calibrated
     # Arguments in blocks that were edited by hand, by key: they run as they were edited.
     edited: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
@@ -159,7 +168,10 @@ def as_edited(model: Model, arguments: tuple[str, ...], world: World) -> Configu
     """What arguments that somebody wrote by hand take."""
     devices = tuple(device.name for device in world.offloading)
     load = load_of(arguments, trained_context=model.header.context_length, devices=devices)
-    formula = estimate(model.header, load, projector_bytes=model.projector_bytes)
+    formula = estimate(
+        model.header, load, projector_bytes=model.projector_bytes,
+        scratch_elements=world.scratch(model, load),
+    )  # fmt: skip
     found = world.known(model, arguments, formula) or formula
     return Configuration(_placement_of(load, model), arguments, found)
 
@@ -225,7 +237,10 @@ class Search:
         )  # fmt: skip
         placing = placing_words(extent, serving, engine)
         load = load_of(self._standing, placing, serving.extra)
-        found = estimate(model.header, load, projector_bytes=model.projector_bytes)
+        found = estimate(
+            model.header, load, projector_bytes=model.projector_bytes,
+            scratch_elements=self._world.scratch(model, load),
+        )  # fmt: skip
         bound = prompt_cache_words(found.kv_bytes, serving, engine)
         words = (*self._standing, *placing, *bound, *serving.extra)
         return Configuration(placement, words, self._world.known(model, words, found) or found)

@@ -34,6 +34,7 @@ device = RPC0
 context = 4096
 gpu_layers = 99
 """
+OVERHEAD = 8 << 20  # set aside for each process on an RPC device, beside what it allocates
 FIXED = "context = 4096\ngpu_layers = 99\n"
 NAMES = ("a", "b", "c", "d")
 
@@ -93,6 +94,35 @@ def test_what_a_load_took_is_learned_and_is_what_the_next_is_judged_by() -> None
         planned = {model["name"]: model["memory"] for model in deployment.plan()["models"]}
         assert planned["a"]["source"] == "learned"
         assert deployment.discover()["changes"]["changed"] == []
+
+
+def test_where_the_formula_leaves_it_in_doubt_the_engine_is_asked() -> None:
+    """Two models on a device of 4 GiB, whose reserve leaves room for them and next to nothing
+    more. Then another context is reckoned with the scratch that the engine told.
+    """
+    with rpc_device(4 << 30) as device:
+        settings = SETTINGS.format(when_full="wait", endpoint=device.endpoint)
+        enabled = "[model:?]\nenabled = true\n"
+        with deployed(settings + enabled) as deployment:
+            deployment.add("a", "b", **MODEL)
+            deployment.synapse("init")
+            roomy = {row["name"]: row["memory"] for row in deployment.plan()["models"]}
+            assert {memory["source"] for memory in roomy.values()} == {"header"}
+            reserve = (4 << 30) - int(2.05 * need(deployment))
+            settings = settings.replace("reserve = 0", f"reserve = {reserve >> 20} MiB")
+            deployment.configure(settings + enabled)
+            asked = {row["name"]: row["memory"] for row in deployment.plan()["models"]}
+            assert {memory["source"] for memory in asked.values()} == {"dry-run"}
+            deployment.synapse("up", "--detach")
+            deployment.wait_ready()
+            used = device.used_bytes
+            told = sum(memory["devices"]["RPC0"] for memory in asked.values())
+            overheads = 2 * OVERHEAD
+            assert abs(told - overheads - used) <= 2 * (3 << 20)
+            settings = settings.replace("context = 4096", "context = 2048")
+            deployment.configure(settings + enabled)
+            other = {row["name"]: row["memory"] for row in deployment.plan()["models"]}
+            assert {memory["source"] for memory in other.values()} == {"calibrated"}
 
 
 def test_a_start_by_hand_goes_through_the_same_ledger() -> None:
