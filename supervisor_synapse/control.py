@@ -161,11 +161,13 @@ class Listener:
             await self._heed_requests()
             seen = await self._observe()
             decision = decide(self._states, seen, _now(), self._policy(), self._memory.readings)
+            if not await self._tell_launchers(seen, decision):
+                self._wake.set()  # somebody started a model meanwhile: look again
+                return
             self._states = decision.states
             self._ledger = decision.ledger
             self._remember()
             self._record(decision.transitions)
-            await self._tell_launchers(seen, decision)
             await self._act(decision)
             await self._publish(seen)
         except ShuttingDown as error:
@@ -274,13 +276,17 @@ class Listener:
 
     # --- act and tell -----------------------------------------------------------------------------
 
-    async def _tell_launchers(self, seen: Sequence[Seen], decision: Decision) -> None:
-        """What somebody else started is up to its launcher until it is ready: that asks for it."""
+    async def _tell_launchers(self, seen: Sequence[Seen], decision: Decision) -> bool:
+        """What somebody else started is up to its launcher until it is ready: that asks for it.
+
+        False: what was decided no longer holds (see `Memory.tell`).
+        """
         claims = {one.name: one.claim for one in seen}
         up = {one.name: one.incarnation for one in seen if one.incarnation is not None}
         asking = frozenset(name for name in up if _is_strange(decision.states[name]))
         counted = [run for name, run in up.items() if name not in asking]
-        await self._memory.tell(decision.ledger.without_claims_of(asking), claims, counted)
+        found = decision.ledger.without_claims_of(asking)
+        return await self._memory.tell(found, claims, up.values(), counted)
 
     async def _act(self, decision: Decision) -> None:
         if self._saving and any(_is_for_a_while(action, decision) for action in decision.actions):

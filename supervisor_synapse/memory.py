@@ -94,6 +94,7 @@ class Memory:
         self._launchers: dict[Incarnation, ledger.Process] = {}
         self._low: frozenset[str] = frozenset()
         self._told: ledger.Ledger | None = None
+        self._heeded: frozenset[ledger.Process] = frozenset()
 
     @property
     def readings(self) -> tuple[DeviceReading, ...]:
@@ -321,34 +322,55 @@ class Memory:
     # --- the launchers' word ----------------------------------------------------------------------
 
     async def tell(
-        self, found: Ledger, claims: Mapping[str, Claim], counted: Iterable[Incarnation]
-    ) -> None:
-        """Write down what may start now; before anything that was admitted is started.
+        self,
+        found: Ledger,
+        claims: Mapping[str, Claim],
+        up: Iterable[Incarnation],
+        counted: Iterable[Incarnation],
+    ) -> bool:
+        """Write down what may start now; before anything that was admitted is started. False: a
+        model was started by hand since `up` was looked at, and what was admitted has to be decided
+        anew, beside it.
 
         `counted`: the runs whose memory the ledger knows of; their launchers claim none. A launcher
         that finds no word goes ahead, so where it cannot be written none is left.
         """
         self._launchers = {
-            run: self._launchers.get(run) or ledger.process_of(run.pid) for run in counted
+            run: self._launchers.get(run) or ledger.process_of(run.pid) for run in up
         }
         rooms = {one.name: found.room(one.name) for one in found.readings}
         word = ledger.Ledger(
             self._listener,
             {name: room // MIB * MIB for name, room in rooms.items() if room is not None},
-            tuple(self._launchers.values()),
+            tuple(self._launchers[run] for run in counted),
             _entries(found, claims, rooms),
         )
-        if word != self._told:
-            self._told = await self._aside(partial(self._write_word, word))
+        if word == self._told:
+            return True
+        known = frozenset(self._launchers.values())
+        heeded, self._told = await self._aside(partial(self._write_word, word, known))
+        is_new = not heeded <= self._heeded  # one that supervisord does not know stays unseen
+        self._heeded = heeded
+        return not is_new
 
-    def _write_word(self, word: ledger.Ledger) -> ledger.Ledger | None:
-        try:
-            ledger.save(self._deployment.ledger, word)
-        except OSError:
-            with contextlib.suppress(OSError):
-                ledger.remove(self._deployment.ledger)
-            return None
-        return word
+    def _write_word(
+        self, word: ledger.Ledger, known: frozenset[ledger.Process]
+    ) -> tuple[frozenset[ledger.Process], ledger.Ledger | None]:
+        """Launchers beside those known that have claimed memory; and the word that stands now:
+        this one, unless one of them is new.
+        """
+        path = self._deployment.ledger
+        with ledger.alone(path):
+            unseen = ledger.claimants(path) - known
+            if not unseen <= self._heeded:
+                return unseen, self._told
+            try:
+                ledger.save(path, word)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    ledger.remove(path)
+                return unseen, None
+        return unseen, word
 
     async def _aside(self, function: Callable[[], _T]) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function)

@@ -8,11 +8,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from supervisor_synapse.launcher import ticks_of
+from supervisor_synapse import launcher
 
 _VERSION = 1
 
@@ -44,9 +44,33 @@ class Ledger:
     models: Mapping[str, Entry] = field(default_factory=dict)  # by name; any other may start
 
 
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """While no launcher claims memory; where the lock is not to be had soon, all the same."""
+    lock = launcher.take_lock(f"{path}.lock")
+    try:
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def claimants(path: Path) -> frozenset[Process]:
+    """Launchers that claimed memory by the ledger's word, and live."""
+    try:
+        text = path.with_name(f"{path.name}.claims").read_bytes()
+    except OSError:
+        return frozenset()
+    return frozenset(
+        Process(claim.pid, claim.started)
+        for claim in launcher.parse_claims(text)
+        if launcher.is_alive(claim.pid, claim.started)
+    )
+
+
 def process_of(pid: int) -> Process:
     """The process that has this number now."""
-    return Process(pid, ticks_of(pid))
+    return Process(pid, launcher.ticks_of(pid))
 
 
 def save(path: Path, ledger: Ledger) -> None:

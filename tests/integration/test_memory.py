@@ -138,8 +138,11 @@ def test_a_start_by_hand_goes_through_the_same_ledger() -> None:
         )
         assert "MiB on RPC0" in said
         assert "could be stopped: a (" in said
-        wait_until(lambda: phases(deployment)["b"] == "disabled", 10, "as it was")
-        assert "does not fit" in deployment.rows()["b"]["reason"]
+        wait_until(
+            lambda: (row := deployment.rows()["b"])["phase"] == "disabled"
+            and "does not fit" in row["reason"],
+            10, "as it was, with the reason",
+        )  # fmt: skip
         assert device.used_bytes == used
         assert "b" not in deployment.servers()
 
