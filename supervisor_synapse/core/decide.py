@@ -108,6 +108,7 @@ def _of_run(state: ModelState, seen: Seen, now: Now) -> ModelState:
     return replace(
         state, incarnation=seen.incarnation, seen_at=now.monotonic,
         started_at=_start_of(state, seen, now), ready_seconds=None, was_ready=False, ready_at=None,
+        has_slept=False,
         condemned=None, killed_at=None, moved_run=0, failed_run=0, phase=Phase.PENDING,
         is_by_hand=state.is_by_hand if _is_ours(state, now) else not seen.enabled,
         retries=restarts.on_start(state.retries), resume=False, drain=False, idle_since=None,
@@ -202,6 +203,7 @@ def _ready(state: ModelState, seen: Seen, now: Now, policy: Policy) -> ModelStat
     ready = replace(
         state, ready_seconds=seconds, was_ready=True, ready_at=ready_at, condemned=None,
         is_out=False, idle_since=None if seen.busy else idle_since,
+        has_slept=state.has_slept or seen.is_asleep,
         retries=restarts.after_healthy(state.retries, now.monotonic - ready_at, policy.restart),
     )  # fmt: skip
     if state.drain:
@@ -278,7 +280,9 @@ def _failed(state: ModelState, seen: Seen, now: Now, policy: Policy) -> ModelSta
         )
         failure = Failure(kind, evidence, now.wall)
     retries = restarts.on_start(state.retries)
-    if failure.failure_class not in PERMANENT and not _was_refused(seen):
+    woke_in_vain = is_known and _woke_in_vain(state, failure, policy)
+    is_no_fault = woke_in_vain or _was_refused(seen)
+    if failure.failure_class not in PERMANENT and not is_no_fault:
         retries = restarts.after_failure(retries, now.monotonic, now.chance, policy.restart)
     return replace(
         state, last_failure=failure, failed_run=seen.run, failed_stamp=seen.file_stamp,
@@ -286,6 +290,12 @@ def _failed(state: ModelState, seen: Seen, now: Now, policy: Policy) -> ModelSta
         incarnation=state.incarnation if is_known else None,
         is_out=state.is_out and is_known and state.killed_at is not None,  # not if it fails again
     )  # fmt: skip
+
+
+def _woke_in_vain(state: ModelState, failure: Failure, policy: Policy) -> bool:
+    """Whether a sleeper found its memory given away, as the settings allow: it waits for that."""
+    is_out_of_memory = failure.failure_class is FailureClass.OUT_OF_MEMORY
+    return policy.overcommit_sleepers and state.has_slept and is_out_of_memory
 
 
 def _waiting(state: ModelState, failure: Failure, now: Now, policy: Policy) -> ModelState:
@@ -309,7 +319,8 @@ def _transitions(
     for name, state in after.items():
         earlier = before.get(name)
         if earlier is None or earlier.phase is not state.phase:
-            failure = state.last_failure if state.phase in _AFTER_FAILURE else None
+            is_new = earlier is not None and state.last_failure != earlier.last_failure
+            failure = state.last_failure if is_new or state.phase in _AFTER_FAILURE else None
             yield Transition(
                 name, earlier.phase if earlier else None, state.phase, state.reason,
                 state.incarnation, failure,

@@ -57,6 +57,7 @@ class ModelState:
     ready_seconds: float | None = None
     was_ready: bool = False  # this incarnation, at some time
     ready_at: float | None = None  # ready without a break since then
+    has_slept: bool = False  # this incarnation, and so freed what it held
     restarts: int = 0  # starts after a failure, by ourselves
     retries: Restarts = field(default_factory=Restarts)
     last_failure: Failure | None = None

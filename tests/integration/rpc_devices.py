@@ -60,6 +60,7 @@ class _Books:
     def __init__(self, total_bytes: int) -> None:
         self._lock = threading.Lock()
         self._total, self._used, self._taken = total_bytes, 0, 0
+        self.unusable = 0  # told as free, and given to nobody
 
     def read(self) -> tuple[int, int, int]:
         """Total, used by clients, taken by the stranger."""
@@ -78,7 +79,7 @@ class _Books:
     def add(self, *, used: int = 0, taken: int = 0) -> bool:
         """False, and nothing happens, where more is wanted than is left."""
         with self._lock:
-            left = self._total - self._used - self._taken
+            left = self._total - self._used - self._taken - self.unusable
             if used + taken > max(left, 0):
                 return False
             self._used += used
@@ -322,6 +323,15 @@ class RpcDevice:
     @property
     def free_bytes(self) -> int:
         return self._books.free
+
+    @property
+    def unusable_bytes(self) -> int:
+        """Told as free, but whoever wants to have it runs out of memory. May be set."""
+        return self._books.unusable
+
+    @unusable_bytes.setter
+    def unusable_bytes(self, size: int) -> None:
+        self._books.unusable = size
 
     @property
     def connections(self) -> int:

@@ -202,3 +202,63 @@ def test_what_does_not_fit_steps_down_its_ladder_and_climbs_back() -> None:
                 and row["context"] == model["context"],
                 40, "back on the top of its ladder",
             )  # fmt: skip
+
+
+def test_what_runs_out_of_memory_as_it_loads_steps_down_its_ladder_and_climbs_back() -> None:
+    """The device tells more free memory than it gives: admission cannot know, the load fails."""
+    with rpc_device(LARGE) as device:
+        settings = SETTINGS.format(when_full="degrade", endpoint=device.endpoint)
+        settings = settings.replace("[stop]", "climb_after_seconds = 1\n[stop]")
+        settings = settings.replace(FIXED, "")
+        with deployed(f"{settings}[model:a]\nenabled = true\n") as deployment:
+            deployment.add("a", "b", **{**MODEL, "layers": 16, "context": 16384})
+            deployment.synapse("init")
+            deployment.discover()
+            planned = {model["name"]: model for model in deployment.plan()["models"]}["a"]
+            takes = planned["memory"]["devices"]["RPC0"] - OVERHEAD
+            device.total_bytes = 2 * takes + OVERHEAD
+            device.unusable_bytes = device.total_bytes - takes * 9 // 10
+            deployment.start_supervisord()
+            ready = deployment.wait_for({"a": "ready"}, 60)["a"]
+            assert ready["context"] < planned["context"]
+            assert "stepped down to" in ready["reason"]
+            assert chat(ready)
+            failed = [step for step in deployment.steps("a") if step["class"] == "out-of-memory"]
+            assert failed[0]["reason"].startswith("out-of-memory; steps down to ")
+            assert "failed to allocate" in failed[0]["evidence"]
+            device.unusable_bytes = 0
+            wait_until(
+                lambda: (row := deployment.rows()["a"])["phase"] == "ready"
+                and row["context"] == planned["context"],
+                60, "back on the top of its ladder",
+            )  # fmt: skip
+
+
+def test_a_sleeper_whose_memory_was_given_away_waits_for_it_and_has_not_failed() -> None:
+    """Sleepers may be overcommitted: a wake that finds no room is answered by no server, waits
+    deferred with the numbers, and comes back when there is room.
+    """
+    more = "[model:a]\nsleep_idle_seconds = 2\n"
+    with fleet("wait", 1.5, more) as (deployment, device):
+        path = deployment.etc / "synapse.conf"
+        path.write_text(path.read_text().replace("[stop]", "overcommit_sleepers = true\n[stop]"))
+        deployment.discover()
+        deployment.start_supervisord()
+        for name in ("c", "d"):
+            deployment.ctl("disable", name)
+        sleeper = deployment.wait_for({"a": "ready", "b": "deferred"})["a"]
+        wait_until(lambda: device.used_bytes == 0, 20, "asleep")
+        deployment.wait_for({"a": "ready", "b": "ready"})
+        taken = device.total_bytes - device.used_bytes - (4 << 20)
+        device.take(taken)  # the servers take less than is set aside for them
+        with pytest.raises(ConnectionError):
+            chat(sleeper)
+        waiting = deployment.wait_for({"a": "deferred", "b": "ready"})["a"]
+        assert "MiB left" in waiting["reason"]
+        assert waiting["last_failure"]["class"] == "out-of-memory"
+        steps = deployment.steps("a")
+        assert [step["from"] for step in steps if step["class"] == "out-of-memory"] == ["ready"]
+        assert not [step for step in steps if step["to"] in ("backoff", "failed")]
+        device.give_back(taken)
+        deployment.ctl("stop", "b")
+        assert chat(deployment.wait_for({"a": "ready"})["a"])

@@ -22,6 +22,7 @@ from supervisor_synapse.core.decide import decide
 from supervisor_synapse.core.failures import Ending
 from supervisor_synapse.core.model import FailureClass, Incarnation, Phase, ProcessState
 from supervisor_synapse.core.probes import BAD, Verdict
+from supervisor_synapse.core.restarts import Restarts
 from supervisor_synapse.core.settings import RestartPolicy
 from supervisor_synapse.core.state import (
     Action,
@@ -46,6 +47,7 @@ CORRUPT = "gguf_init_from_file_ptr: failed to read magic"
 MISSING = "E gguf_init_from_file: failed to open GGUF file 'a.gguf' (No such file or directory)"
 BAD_FLAG = "error: invalid argument: --nonsense"
 PORT_TAKEN = "E start: couldn't bind HTTP server socket, hostname: 127.0.0.1, port: 8100"
+NO_MEMORY = "E llama_init_from_model: failed to allocate compute pp buffers"
 PERMANENT_LOGS = {
     FailureClass.MODEL_CORRUPT: CORRUPT,
     FailureClass.MODEL_MISSING: MISSING,
@@ -72,6 +74,7 @@ class Simulated:
     refuses: int = 0  # so many requests for a start get lost
     drain_seconds: float = 0.5
     busy: bool = False
+    asleep: bool = False
     sick: Verdict | None = None  # what the probes say of this run whatever it does
     file_stamp: int = 1
     ending: Ending | None = None
@@ -120,6 +123,7 @@ class World:
             return
         model.start = int(self.wall)
         model.began, model.sick, model.ending, model.was_ready = self.monotonic, None, None, False
+        model.asleep = False
         if not model.spawns:
             model.state = ProcessState.FATAL
             model.ends_since_out += 1
@@ -253,6 +257,7 @@ class World:
             file_stamp=0 if model.is_alive else model.file_stamp,
             is_leaving=self.is_verifying(model),
             residue="" if model.is_alive or self.is_verifying(model) else model.residue,
+            is_asleep=model.asleep,
         )  # fmt: skip
 
     def is_verifying(self, model: Simulated) -> bool:
@@ -491,6 +496,51 @@ def test_one_kill_gives_one_restart_with_its_class_in_the_history() -> None:
     assert change.failure.failure_class is FailureClass.CRASHED
     world.run_until(lambda: world.phase() is Phase.READY, 5.0)
     assert (world.states["a"].restarts, len(world["a"].ran)) == (1, 2)
+
+
+def sleeper(*, overcommit: bool) -> World:
+    """Ready, and asleep for a while."""
+    world = World(policy=Policy(overcommit_sleepers=overcommit)).ready()
+    world["a"].asleep = True
+    world.run(10)
+    world["a"].asleep = False
+    return world
+
+
+def test_a_sleeper_that_finds_its_memory_given_away_has_not_failed() -> None:
+    """However often: it starts anew as soon as there is room, and the breaker stays closed."""
+    world = sleeper(overcommit=True)
+    for _ in range(8):
+        world.die("a", -6, NO_MEMORY)
+        world.tick()
+        assert world.phase() is Phase.PENDING
+        assert world.states["a"].last_failure is not None
+        world.run_until(lambda: world.phase() is Phase.READY, 5.0)
+        world["a"].asleep = True
+        world.run(2)
+        world["a"].asleep = False
+    assert world.states["a"].retries == Restarts()
+
+
+def test_a_sleeper_that_falls_for_another_reason_has_failed() -> None:
+    world = sleeper(overcommit=True)
+    world.die("a", -11, "")
+    world.tick()
+    assert world.phase() is Phase.BACKOFF
+
+
+def test_where_sleepers_keep_their_room_running_out_of_it_is_a_failure() -> None:
+    world = sleeper(overcommit=False)
+    world.die("a", -6, NO_MEMORY)
+    world.tick()
+    assert world.phase() is Phase.BACKOFF
+
+
+def test_who_never_slept_was_given_its_memory_and_has_failed() -> None:
+    world = World(policy=Policy(overcommit_sleepers=True)).ready()
+    world.die("a", -6, NO_MEMORY)
+    world.tick()
+    assert world.phase() is Phase.BACKOFF
 
 
 def test_models_that_fail_together_do_not_come_back_in_step() -> None:
