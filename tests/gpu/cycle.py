@@ -10,6 +10,7 @@ Run: python -m tests.gpu.cycle [REPORT.md]
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import statistics
 import subprocess
@@ -107,14 +108,16 @@ CASES = {
 
 def estimates(report: Report, gpu: Gpu, source: Path) -> None:
     report.say("\n## Estimates, one model after the other, against NVML's figure of the process\n")
-    report.say("| model | estimated | source | NVML | after one load | source |")
-    report.say("|---|---|---|---|---|---|")
+    report.say("| model | header | asked | NVML | after one load |")
+    report.say("|---|---|---|---|---|")
     sections = "".join(f"[model:{name}]\n{text}" for name, text in CASES.items())
-    with deployed(f"enable = none\nmemory_reserve = 0\nmodel_dirs = {source}\n{sections}") as at:
+    settings = f"enable = {{}}\nmemory_reserve = {{}}\nmodel_dirs = {source}\n{sections}"
+    asked = word_of_the_engine(settings, gpu)
+    with deployed(settings.format("none", 0)) as at:
         at.synapse("up", "--detach", expect=None)
         name_of_device = device_of(at)
         planned = {one["name"]: one["memory"] for one in at.plan()["models"]}
-        errors = []
+        errors, errors_of_asking = [], []
         for name in CASES:
             before = gpu.used
             at.ctl("enable", name)
@@ -128,12 +131,11 @@ def estimates(report: Report, gpu: Gpu, source: Path) -> None:
             learned = {one["name"]: one["memory"] for one in at.plan()["models"]}[name]
             there = learned["devices"].get(name_of_device, 0)
             first = planned[name]["devices"].get(name_of_device, 0)
-            report.say(
-                f"| {name} | {mib(first)} | {planned[name]['source']} | {mib(held)} | {mib(there)} "
-                f"| {learned['source']} |"
-            )
+            told = asked[name].get(name_of_device, 0)
+            report.say(f"| {name} | {mib(first)} | {mib(told)} | {mib(held)} | {mib(there)} |")
             if CASES[name].find("gpu_layers = 0") < 0:
                 errors.append((name, abs(there - held), held, first))
+                errors_of_asking.append((abs(told - held), held))
             at.ctl("disable", name)
             settled(at, **{name: "disabled"})
             wait_until(lambda before=before: gpu.used <= before + MIB, 15, "memory back")  # type: ignore[misc]
@@ -145,9 +147,26 @@ def estimates(report: Report, gpu: Gpu, source: Path) -> None:
             ),
         )
         report.check(
+            "the engine's word, asked without loading, is within 2 % or 100 MiB of NVML's",
+            holds=all(
+                off <= max(LEARNED_WITHIN * held, OR_MIB * MIB) for off, held in errors_of_asking
+            ),
+        )
+        report.check(
             "no figure from the header is under NVML's by more than 6 %",
             holds=all(first >= held * 0.94 - 4 * MIB for _, _, held, first in errors),
         )
+
+
+def word_of_the_engine(settings: str, gpu: Gpu) -> dict[str, dict[str, int]]:
+    """By model and device: with next to no room left, all is in doubt, and it is asked."""
+    with deployed(settings.format("all", gpu.free - 512 * MIB)) as at:
+        at.synapse("init")
+        memory = {one["name"]: one["memory"] for one in at.plan()["models"]}
+        return {
+            name: figures["devices"] if figures["source"] == "dry-run" else {}
+            for name, figures in memory.items()
+        }
 
 
 # --- a budget ------------------------------------------------------------------------------------
@@ -211,7 +230,7 @@ def hog(file: Path, context: int) -> Iterator[Callable[[Gpu], int]]:
     gpu = Gpu()
     before = gpu.used
     words = [
-        engines.locate("auto"), "--model", file, "--port", str(port), "--ctx-size", str(context),
+        engines.locate("auto"), "--model", str(file), "--port", str(port), "--ctx-size", str(context),
         "--gpu-layers", "99", "--parallel", "1",
     ]  # fmt: skip
     with subprocess.Popen(
@@ -245,6 +264,71 @@ def ladder(report: Report, gpu: Gpu, source: Path) -> None:
             row = settled(at, **{"32k": "ready"})["32k"]
             report.say(f"Beside the hog: context {row['context']}: {row['reason']}")
             report.check("it serves on a lower rung", holds=bool(chat(row)))
+
+
+class Stranger:
+    """A process's worth of GPU memory in someone else's hands, taken in an instant (libcuda)."""
+
+    def __init__(self) -> None:
+        self._cuda = ctypes.CDLL("libcuda.so.1")
+        self._context = ctypes.c_void_p()
+        device = ctypes.c_int()
+        self._call("cuInit", 0)
+        self._call("cuDeviceGet", ctypes.byref(device), 0)
+        self._call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), device)
+        self._call("cuCtxSetCurrent", self._context)
+        self._taken: list[ctypes.c_uint64] = []
+
+    def take(self, size: int) -> None:
+        pointer = ctypes.c_uint64()
+        self._call("cuMemAlloc_v2", ctypes.byref(pointer), ctypes.c_size_t(size))
+        self._taken.append(pointer)
+
+    def give_back(self) -> None:
+        while self._taken:
+            self._call("cuMemFree_v2", self._taken.pop())
+
+    def _call(self, name: str, *arguments: object) -> None:
+        status = getattr(self._cuda, name)(*arguments)
+        if status:
+            raise OSError(f"{name} failed with status {status}")
+
+
+def out_of_memory(report: Report, gpu: Gpu, source: Path) -> None:
+    """A stranger takes what was free when the model was admitted, while it loads."""
+    report.say("\n## Out of memory as it loads: the ladder\n")
+    settings = (
+        "enable = none\nwhen_full = degrade\nclimb_after_seconds = 2\nmemory_reserve = 0\n"
+        f"model_dirs = {source}\n[model:32k]\nenabled = true\nparallel = 1\n"
+    )
+    stranger = Stranger()
+    with deployed(settings) as at:
+        at.synapse("init")
+        name_of_device = device_of(at)
+        (model,) = [m for m in at.plan()["models"] if m["name"] == "32k"]
+        top = model["memory"]["devices"][name_of_device]
+        at.discover()
+        stranger.take(gpu.free - 2 * top)
+        at.start_supervisord()
+        wait_until(lambda: at.servers(), _BOUND_SECONDS, "its server")
+        stranger.take(gpu.free - top * 3 // 4)
+        row = settled(at, **{"32k": "ready"})["32k"]
+        failed = [step for step in at.steps("32k") if step["class"] == "out-of-memory"]
+        for step in failed:
+            report.say(f"{step['from']} -> {step['to']}: {step['reason']}: `{step['evidence']}`")
+        report.say(f"Then: context {row['context']}: {row['reason']}")
+        report.check("the driver refused, and that was seen as it is", holds=bool(failed))
+        report.check(
+            "it serves on a lower rung",
+            holds=row["context"] < model["context"] and bool(chat(row)),
+        )
+        stranger.give_back()
+        top_again = wait_until(
+            lambda: (now := at.rows()["32k"])["phase"] == "ready"
+            and now["context"] == model["context"],
+            _BOUND_SECONDS, "back on the top",
+        )  # fmt: skip
+        report.check("when the stranger is gone it climbs back", holds=bool(top_again))
 
 
 def ends(report: Report, gpu: Gpu, source: Path) -> None:
@@ -305,7 +389,7 @@ def main() -> int:
             write_model(source / f"{name}.gguf", seed=seed, **LARGE)
         size = (source / "4k.gguf").stat().st_size
         report.say(f"Generated models of {mib(size)} (F16, 16 layers, width 1024).")
-        for part in (estimates, budget, ladder, ends):
+        for part in (estimates, budget, ladder, out_of_memory, ends):
             try:
                 part(report, gpu, source)
             except (AssertionError, LookupError, OSError) as error:
