@@ -46,6 +46,8 @@ _READ_OFTEN_SECONDS = 1.0  # while a model waits for memory
 _ANSWER_SECONDS = 1.0  # a reader that takes longer holds nobody up
 _ENGINE_SECONDS = 5.0
 _LEARN_AGAIN_SECONDS = 30.0  # what could not be written down
+_GROWN = 1.01  # a run that has so much more than when it was learned is learned again
+_GROWN_BYTES = 4 * MIB
 
 _log = logging.getLogger("synapse")
 
@@ -88,7 +90,7 @@ class Memory:
         self._held: Mapping[str, tuple[tuple[str, int], ...]] = {}  # then, by device
         self._families: dict[Incarnation, frozenset[int]] = {}  # for the thread
         self._reading: asyncio.Task[None] | None = None
-        self._learned: dict[str, Incarnation] = {}
+        self._learned: dict[str, tuple[Incarnation, int]] = {}  # and bytes on devices
         self._learning: asyncio.Task[None] | None = None
         self._learn_at = 0.0
         self._launchers: dict[Incarnation, ledger.Process] = {}
@@ -264,7 +266,7 @@ class Memory:
     # --- learning ---------------------------------------------------------------------------------
 
     def _begin_to_learn(self, registry: Registry, runs: Mapping[str, Run]) -> None:
-        """What loads have really taken, once for each run; the loop does not wait for it."""
+        """What loads have really taken; the loop does not wait for it."""
         if time.monotonic() < self._learn_at:
             return
         new = {
@@ -273,10 +275,21 @@ class Memory:
             if run.is_ready
             and run.loaded is not None
             and self._was_read_ready(name, run)
-            and self._learned.get(name) != run.incarnation
+            and self._tells_more(name, run)
         }
         if new:
             self._learning = asyncio.create_task(self._learn(registry, new))
+
+    def _tells_more(self, name: str, run: Run) -> bool:
+        """Whether nothing was learned of this run, or it has grown since: drivers make things for
+        the first requests. The host grows with the prompts that it keeps, which is reckoned with.
+        """
+        incarnation, before = self._learned.get(name, (None, 0))
+        is_grown = self._on_devices(name) > before * _GROWN + _GROWN_BYTES
+        return incarnation != run.incarnation or is_grown
+
+    def _on_devices(self, name: str) -> int:
+        return sum(size for device, size in self._held.get(name, ()) if device != HOST)
 
     def _was_read_ready(self, name: str, run: Run) -> bool:
         """Whether the last reading shows all that it takes, and not what it had on its way up."""
@@ -286,13 +299,14 @@ class Memory:
     async def _learn(self, registry: Registry, runs: Mapping[str, Run]) -> None:
         stamp = self._known.stamp
         held = {name: dict(self._held.get(name, ())) for name in runs}
+        sizes = {name: self._on_devices(name) for name in runs}
         try:
             found = await self._aside(partial(self._learn_aside, registry, stamp, runs, held))
         except (OSError, TransientError, ConfigError) as error:
             self._learn_at = time.monotonic() + _LEARN_AGAIN_SECONDS
             _log.warning("footprints not written", extra={"reason": str(error)})
         else:
-            self._learned |= {name: run.incarnation for name, run in runs.items()}
+            self._learned |= {name: (run.incarnation, sizes[name]) for name, run in runs.items()}
             if self._known.stamp == stamp:
                 rungs = {**self._known.rungs, **found.rungs}
                 self._known = _Known(stamp, rungs, {**self._known.estimates, **found.estimates})

@@ -10,12 +10,16 @@ from pathlib import Path
 import pytest
 
 from supervisor_synapse import launcher
+from supervisor_synapse.adapters import footprints
 from supervisor_synapse.adapters.deployment import Deployment
+from supervisor_synapse.adapters.gpu import drivers
+from supervisor_synapse.adapters.registry import Registry
 from supervisor_synapse.core.admission import Claim, Commitment, Ledger, Rung
-from supervisor_synapse.core.model import DeviceReading, Incarnation
+from supervisor_synapse.core.load_log import Loaded
+from supervisor_synapse.core.model import DeviceReading, Incarnation, Part
 from supervisor_synapse.core.settings import Reserve
-from supervisor_synapse.memory import Memory
-from tests.unit.builders import GIB, MIB
+from supervisor_synapse.memory import Memory, Run
+from tests.unit.builders import GIB, MIB, engine, gpu, program
 
 US = Incarnation(os.getpid(), 1)
 CLAIMS = {"a": Claim((Rung("as configured", (("CUDA0", 600 * MIB),)),))}
@@ -92,3 +96,46 @@ def test_where_the_lock_is_not_to_be_had_the_word_is_given_all_the_same(
     finally:
         os.close(held)
     assert not is_admitted(deployment)
+
+
+# --- learning -----------------------------------------------------------------------------------
+
+
+def learned_bytes(deployment: Deployment) -> list[int]:
+    """What each load of the only footprint took on the GPU."""
+    (footprint,) = footprints.load(deployment.footprints).by_key.values()
+    return [part.total_bytes for load in footprint.loads for part in load.parts if part.device]
+
+
+def test_what_grows_after_it_was_ready_is_learned_again(
+    deployment: Deployment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Drivers make things for the first requests; a little more is no news."""
+    deployment.lib.mkdir(parents=True)
+    path = tmp_path / "m.gguf"
+    path.write_bytes(b"weights")
+    served = program(name="a", model_path=str(path), device="CUDA0")
+    registry = Registry(programs=(served,), devices=(gpu("CUDA0", GIB),))
+    loaded = Loaded((Part("CUDA0", weights_bytes=600 * MIB),), 3, 3)
+    run = Run(served, US, is_ready=True, loaded=loaded)
+    held = [700 * MIB, 701 * MIB, 740 * MIB, 741 * MIB]
+    reading = iter(held)
+
+    def read_all(*_: object) -> tuple[DeviceReading, ...]:
+        return (DeviceReading("CUDA0", GIB, GIB // 4, (("a", next(reading)),)),)
+
+    monkeypatch.setattr(drivers, "read_all", read_all)
+    monkeypatch.setattr(Memory, "_find_engine", lambda *_: engine())
+    monkeypatch.setattr("supervisor_synapse.memory._READ_OFTEN_SECONDS", 0.0)
+
+    async def looks() -> None:
+        memory = Memory(deployment)
+        for _ in held:
+            await memory.look(registry, 1, {"a": run}, frozenset(), is_awaited=True)
+            await asyncio.gather(
+                *(task for task in asyncio.all_tasks() if task is not asyncio.current_task())
+            )
+        memory.close()
+
+    asyncio.run(looks())
+    assert learned_bytes(deployment) == [700 * MIB, 740 * MIB]
