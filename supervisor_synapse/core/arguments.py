@@ -61,13 +61,17 @@ def embedding_batch(context: int) -> int:
     return min(context, _LARGEST_EMBEDDING_BATCH)
 
 
-def standing_words(serving: Serving, engine: Engine) -> tuple[str, ...]:
-    """What is said of a model wherever it lies."""
-    ours = _ours(serving.extra, engine.flags)
-    words = [
+def naming_words(serving: Serving) -> tuple[str, ...]:
+    """Under which name and where a model is served: no other is told the same."""
+    return (
         "--alias", serving.alias, "--host", serving.host, "--port", str(serving.port),
-        "--parallel", str(serving.parallel),
-    ]  # fmt: skip
+    )  # fmt: skip
+
+
+def standing_words(serving: Serving, engine: Engine) -> tuple[str, ...]:
+    """What else is said of a model wherever it lies."""
+    ours = _ours(serving.extra, engine.flags)
+    words = ["--parallel", str(serving.parallel)]
     if serving.role is Role.EMBEDDING:
         words.append("--embeddings")
     if serving.role is Role.RERANKER:
@@ -202,12 +206,20 @@ def load_of(*words: Sequence[str], trained_context: int = 0, devices: Sequence[s
     The last word on a thing counts. `trained_context`: the context where none is said. `devices`:
     those that the engine has; where the arguments name none, it takes all of them.
     """
+    return _load_of(tuple(map(tuple, words)), trained_context, tuple(devices))
+
+
+@lru_cache(maxsize=2048)
+def _load_of(
+    words: tuple[tuple[str, ...], ...], trained_context: int, devices: tuple[str, ...]
+) -> Load:
+    """Kept: many models of a plan are told the same."""
     said: dict[str, Any] = {}
     for group in words:
-        said.update(_said(tuple(group)))
+        said.update(_said(group))
     parallel: int | None = said.get("parallel")
     said.setdefault("context", trained_context)
-    said.setdefault("devices", tuple(devices))
+    said.setdefault("devices", devices)
     said.setdefault("unified", parallel is None)
     said["parallel"] = parallel or _DEFAULT_PARALLEL
     said["ubatch"] = min(said.get("ubatch", 512), said.pop("batch", 2048))

@@ -83,7 +83,7 @@ def rungs(
     """
     contexts = [
         _Rung(f"context {context}", own, chosen.with_context(context))
-        for context in halved(chosen.context, _floor(own.candidate))[1:]
+        for context in halved(chosen.context, _floor(own))[1:]
     ]
     lowest = contexts[-1].placement if contexts else chosen
     layers = [_Rung(_share(own, placement), own, placement) for placement in _fewer_layers(lowest)]
@@ -110,10 +110,10 @@ def name_of(variant: Variant) -> str:
     return hashlib.sha256("\0".join(words).encode()).hexdigest()[:16]
 
 
-def _floor(candidate: Candidate) -> int:
+def _floor(search: Search) -> int:
     """The smallest context that is still of use."""
-    said = candidate.said.context
-    return candidate.contexts[-1] if said is None else min(said, _LEAST_CONTEXT)
+    said = search.candidate.said.context
+    return search.contexts[-1] if said is None else min(said, _LEAST_CONTEXT)
 
 
 def _fewer_layers(placement: Placement) -> list[Placement]:
@@ -124,7 +124,7 @@ def _fewer_layers(placement: Placement) -> list[Placement]:
 def _with_layers(placement: Placement, layers: int) -> Placement:
     if not layers:
         return Placement(placement.context)
-    split = scaled(placement.split, layers)
+    split = scaled(placement.split, layers) if placement.split else ()
     return Placement(placement.context, placement.devices, layers, split)
 
 
@@ -137,7 +137,7 @@ def _share(search: Search, placement: Placement) -> str:
 def _quantization(search: Search, chosen: Placement) -> _Rung:
     """With its smallest context, on the same devices."""
     candidate = search.candidate
-    context = _floor(candidate)
+    context = _floor(search)
     placement = _with_layers(chosen, min(chosen.layers, candidate.all_layers))
     label = f"{candidate.model.name} at context {context}"
     return _Rung(label, search, placement.with_context(context))
@@ -189,8 +189,13 @@ class _Taken(NamedTuple):
 
 
 def _takes(variant: Variant) -> _Taken:
-    on_host = variant.estimate.on(HOST)
-    return _Taken(variant.key, variant.estimate.total_bytes - on_host, on_host)
+    on_host = on_devices = 0
+    for part in variant.estimate.parts:
+        if part.device == HOST:
+            on_host += part.total_bytes
+        else:
+            on_devices += part.total_bytes
+    return _Taken(variant.key, on_devices, on_host)
 
 
 def _is_less(below: _Taken, above: _Taken) -> bool:

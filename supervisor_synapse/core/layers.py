@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, groupby
 from typing import NamedTuple
 
 from supervisor_synapse.core.model import Header
@@ -69,19 +69,28 @@ class Kind(NamedTuple):
     fed: int  # gate, projection and product of the feed forward, or of the experts in use
     given: int  # what the experts give, where that does not fit where gate and projection were
 
+    @property
+    def attended(self) -> int:
+        """In the widest step of its attention, beside what each head heeds."""
+        return max(self.latent, self.queries)
 
-@dataclass(frozen=True, slots=True)
+
+Kinds = tuple[tuple[Kind, int], ...]  # with how many layers there are of each
+
+
+@dataclass(frozen=True, slots=True, eq=False)  # the same object for the same header
 class Profile:
     """A header's layers. In sums, element i is the sum over the layers before i."""
 
     layers: int
     computing: int  # of these, the first ones: those that predict further tokens stay unused
-    kinds: tuple[Kind, ...]
-    counts: tuple[tuple[int, ...], ...]  # sums, for each kind
-    everywhere: tuple[tuple[Kind, int], ...]  # all kinds, with how many there are of each
+    counts: tuple[tuple[Kind, tuple[int, ...]], ...]  # sums, for each kind
+    everywhere: Kinds  # all of them
+    each: tuple[Kind, ...]  # by layer
+    masks: tuple[Kind, ...]  # of all that compute
     block_bytes: tuple[int, ...]  # sums
     expert_bytes: tuple[int, ...]  # sums
-    largest_bytes: tuple[int, ...]  # of one weight in the layers before i, about
+    largest_bytes: tuple[int, ...]  # by layer: of one weight, about
     input_bytes: int  # weights that never leave the host
     copied_bytes: int  # of these, what is copied to the device of the output layer
     output_bytes: int  # weights beside blocks and inputs
@@ -89,7 +98,7 @@ class Profile:
     heads: int
     has_cache: bool  # an encoder has none
     window: int  # tokens
-    queries: int  # in the layer that has most
+    beside: int  # each step: the layer's input, its normed copy and the room that queries leave
     looked_up: int  # rows that become the first layer's input
     words: int  # for which the last step gives a figure
     vocabulary: int  # words for which the host keeps one
@@ -104,23 +113,22 @@ class Profile:
         end = min(last, self.layers)
         return sums[end] - sums[first] if first < end else 0
 
-    def kinds_between(self, first: int, last: int) -> tuple[tuple[Kind, int], ...]:
-        """Which kinds of layers there are, and how many of each."""
-        if first == 0 and last >= self.layers:
+    def kinds_between(self, first: int, last: int) -> Kinds:
+        """Which kinds of layers there are, as far as there are any."""
+        end = min(last, self.layers)
+        if first == 0 and end == self.layers:
             return self.everywhere
-        found = [
-            (kind, self.between(sums, first, last))
-            for kind, sums in zip(self.kinds, self.counts, strict=True)
-        ]
-        return tuple([one for one in found if one[1]])
+        if first >= end:
+            return ()
+        counts = [(kind, sums[end] - sums[first]) for kind, sums in self.counts]
+        return tuple([one for one in counts if one[1]])
 
 
 @lru_cache(maxsize=1024)
 def profile(header: Header) -> Profile:
     """Kept by header: a plan asks for many loads of each."""
-    layers = _kinds(header)
-    kinds = tuple(dict.fromkeys(layers))
-    counts = tuple(_sums([layer is kind for layer in layers]) for kind in kinds)
+    kinds, layers = _kinds(header)
+    counts = tuple((kind, _sums([layer is kind for layer in layers])) for kind in kinds)
     computing = max(header.layers - header.predicting_layers, 0)
     blocks = header.block_bytes[: header.layers]
     inputs = max(header.input_bytes, header.embedding_bytes)
@@ -129,9 +137,10 @@ def profile(header: Header) -> Profile:
     return Profile(
         layers=header.layers,
         computing=computing,
-        kinds=kinds,
         counts=counts,
-        everywhere=tuple((kind, sums[-1]) for kind, sums in zip(kinds, counts, strict=True)),
+        everywhere=tuple([(kind, sums[-1]) for kind, sums in counts]),
+        each=tuple(layers),
+        masks=masks(kind for kind, sums in counts if sums[computing]),
         block_bytes=_sums(_at_most(blocks[:computing], header.layers)),
         expert_bytes=_sums(_at_most(header.expert_bytes[:computing], header.layers)),
         largest_bytes=_largest(header, computing),
@@ -142,7 +151,7 @@ def profile(header: Header) -> Profile:
         heads=max(header.heads, default=0),
         has_cache=name not in _WITHOUT_CACHE,
         window=_window(header),
-        queries=max((kind.queries for kind in kinds), default=0),
+        beside=2 * header.embedding_length + max((kind.queries for kind in kinds), default=0),
         looked_up=3 if name in _WITHOUT_OUTPUT else 2,
         words=0 if name in _WITHOUT_LOGITS else words,
         vocabulary=words,
@@ -152,6 +161,11 @@ def profile(header: Header) -> Profile:
         state=_state(header),
         scan=_scan(header),
     )
+
+
+def masks(kinds: Iterable[Kind]) -> tuple[Kind, ...]:
+    """One of those that attend within a window and one of the others: each needs a mask."""
+    return tuple({kind.windowed: kind for kind in kinds if kind.attends}.values())
 
 
 def _sums(values: Iterable[int]) -> tuple[int, ...]:
@@ -172,8 +186,7 @@ def _largest(header: Header, computing: int) -> tuple[int, ...]:
     """A third of the experts, where there are any, else of the block: gate, up or down."""
     experts = _at_most(header.expert_bytes[:computing], header.layers)
     blocks = _at_most(header.block_bytes[:computing], header.layers)
-    weights = [(expert or block) // 3 for expert, block in zip(experts, blocks, strict=True)]
-    return tuple(accumulate(weights, max, initial=0))
+    return tuple([(expert or block) // 3 for expert, block in zip(experts, blocks, strict=True)])
 
 
 class _Facts(NamedTuple):
@@ -188,8 +201,8 @@ class _Facts(NamedTuple):
     has_cache: bool  # if it attends at all
 
 
-def _kinds(header: Header) -> list[Kind]:
-    """The kind of each layer; each different one is made once."""
+def _kinds(header: Header) -> tuple[tuple[Kind, ...], list[Kind]]:
+    """All kinds, in the order in which they come; and the kind of each layer."""
     count = header.layers
     has_experts = [header.experts > 0] * count
     if header.expert_bytes:
@@ -206,13 +219,13 @@ def _kinds(header: Header) -> list[Kind]:
     )
     made: dict[tuple[object, ...], Kind] = {}
     same: dict[Kind, Kind] = {}  # one object for each kind, however it came about
-    kinds = []
-    for facts in layers:
+    each: list[Kind] = []
+    for facts, alike in groupby(layers):
         if facts not in made:
             kind = _kind(header, _Facts(*facts))
             made[facts] = same.setdefault(kind, kind)
-        kinds.append(made[facts])
-    return kinds
+        each += [made[facts]] * len(list(alike))
+    return tuple(same), each
 
 
 def _kind(header: Header, facts: _Facts) -> Kind:
@@ -251,7 +264,8 @@ def _cached_layers(header: Header) -> list[bool]:
         own = 0
     elif header.architecture == "gemma3n":
         own = _CACHES_OF_GEMMA3N
-    return [layer < own for layer in range(header.layers)]
+    own = min(max(own, 0), header.layers)
+    return [True] * own + [False] * (header.layers - own)
 
 
 def _cell(header: Header, heads: int, *, windowed: bool) -> tuple[int, int]:

@@ -28,13 +28,15 @@ from supervisor_synapse.core.arguments import (
     Extent,
     Serving,
     load_of,
+    naming_words,
     placing_words,
     prompt_cache_words,
     standing_words,
 )
 from supervisor_synapse.core.candidates import Candidate
 from supervisor_synapse.core.catalog import Model
-from supervisor_synapse.core.estimate import HOST, Load, estimate, margin_bytes
+from supervisor_synapse.core.estimate import HOST, Load, estimate, margin_of, of_profile
+from supervisor_synapse.core.layers import profile
 from supervisor_synapse.core.model import Device, Engine, Estimate
 from supervisor_synapse.core.settings import Settings
 
@@ -140,9 +142,10 @@ class Configuration(NamedTuple):
     def needs(self) -> dict[str, int]:
         """Bytes by device, with what must stay free beside them."""
         needs: dict[str, int] = {}
+        source = self.estimate.source
         for part in self.estimate.parts:
-            name = part.device
-            size = part.total_bytes + margin_bytes(self.estimate, name)
+            name, taken = part.device, part.total_bytes
+            size = taken + margin_of(taken, source)
             needs[name] = needs.get(name, 0) + size
             if is_of_the_host(name):
                 needs[HOST] = needs.get(HOST, 0) + size
@@ -195,13 +198,16 @@ class Search:
         self.contexts = candidate.contexts
         self.layers = self._wanted_layers()
         self._port, self._settings, self._world = port, settings, world
-        self._offered = _offered(candidate, world)
-        self._has_devices = bool(world.offloading)
+        offloading = tuple([device.name for device in world.offloading])
+        self._offered = _offered(candidate, offloading)
+        self._has_devices = bool(offloading)
         self._serving = Serving(
             host=settings.host, port=port, alias=candidate.alias, role=model.role,
             parallel=candidate.parallel, sleep_idle_seconds=said.sleep_idle_seconds or 0,
             extra=said.args or (),
         )  # fmt: skip
+        self._profile = profile(model.header)
+        self._naming = naming_words(self._serving)
         self._standing = standing_words(self._serving, world.engine)
         self._made: dict[Placement, Configuration] = {}
         # What all layers take on one device, with the smallest context, by backend.
@@ -231,18 +237,19 @@ class Search:
     def _configure(self, placement: Placement) -> Configuration:
         """The arguments that serve it so, and what these very arguments take."""
         model, engine, serving = self.candidate.model, self._world.engine, self._serving
+        rpc = self._settings.rpc
         extent = Extent(
             placement.context, self._device(placement), self._gpu_layers(placement),
-            placement.split, self._settings.rpc if _RPC in placement.where else (),
+            placement.split, rpc if rpc and _RPC in placement.where else (),
         )  # fmt: skip
         placing = placing_words(extent, serving, engine)
         load = load_of(self._standing, placing, serving.extra)
-        found = estimate(
-            model.header, load, projector_bytes=model.projector_bytes,
+        found = of_profile(
+            self._profile, load, projector_bytes=model.projector_bytes,
             scratch_elements=self._world.scratch(model, load),
         )  # fmt: skip
         bound = prompt_cache_words(found.kv_bytes, serving, engine)
-        words = (*self._standing, *placing, *bound, *serving.extra)
+        words = (*self._naming, *self._standing, *placing, *bound, *serving.extra)
         return Configuration(placement, words, self._world.known(model, words, found) or found)
 
     def _device(self, placement: Placement) -> str | None:
@@ -430,10 +437,10 @@ def _moved(
     return tuple(moved)
 
 
-def _offered(candidate: Candidate, world: World) -> tuple[str, ...]:
+def _offered(candidate: Candidate, offloading: tuple[str, ...]) -> tuple[str, ...]:
     """The devices that a model may be offloaded to: as the settings name them, else all."""
     said = candidate.said.device
     if said is None:
-        return tuple(device.name for device in world.offloading)
+        return offloading
     names = tuple(dict.fromkeys(said.split(",")))
     return () if "none" in names else names

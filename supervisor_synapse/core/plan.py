@@ -380,7 +380,7 @@ def _choice(
         fitted=program.enabled and is_by_fit(one.candidate, settings),
         placed=program.enabled and (key in outcome.fitting or keeps), basis=_basis(one.candidate),
     )  # fmt: skip
-    return on_rung(choice, program)
+    return on_rung(choice, program) if program.rung else choice
 
 
 def on_rung(choice: Choice, program: Program) -> Choice:
@@ -399,10 +399,16 @@ def _lost_devices(candidates: Iterable[Candidate], world: World) -> tuple[Device
     """
     if world.offloading:
         return ()
-    choices = (_earlier(candidate, world) for candidate in candidates)
-    offered = [choice.offered for choice in choices if choice is not None and choice.placed]
-    names = dict.fromkeys(name for names in offered for name in names.split(",") if name)
-    return tuple(Device(name, _UNKNOWN_BYTES, free_bytes=0) for name in names)
+    seen: dict[str, None] = {}
+    for candidate in candidates:
+        choice = _earlier(candidate, world)
+        if choice is None or not choice.placed:
+            continue
+        # That the settings name a device does not show that there was one.
+        was_listed = candidate.said.device is None
+        names = choice.offered.split(",") if was_listed else choice.placement.devices
+        seen |= dict.fromkeys(filter(None, names))
+    return tuple(Device(name, _UNKNOWN_BYTES, free_bytes=0) for name in seen)
 
 
 def _without_devices(lost: Sequence[Device]) -> Problem:

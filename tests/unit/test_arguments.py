@@ -19,6 +19,7 @@ from supervisor_synapse.core.arguments import (
     Serving,
     embedding_batch,
     load_of,
+    naming_words,
     parse_served,
     placing_words,
     prompt_cache_words,
@@ -75,6 +76,7 @@ def engine(flags: frozenset[str] = FLAGS) -> CoreEngine:
 
 def groups(meant: Meant, one: CoreEngine) -> tuple[tuple[str, ...], ...]:
     return (
+        naming_words(meant.serving),
         standing_words(meant.serving, one),
         placing_words(meant.extent, meant.serving, one),
         prompt_cache_words(meant.kv_bytes, meant.serving, one),

@@ -581,3 +581,12 @@ def test_the_real_engine_lays_the_layers_where_the_plan_says_and_has_room_there(
     for name, part in zip(str(told(found, "--device")).split(","), parts, strict=True):
         expected += [name] * part
     assert lies[: len(expected)] == expected
+
+
+def test_a_device_that_only_the_settings_name_was_never_there_to_be_lost() -> None:
+    """A slip of the pen moves no other model off what it was planned for."""
+    fleet = [model(name="m0"), model(name="m1")]
+    settings = settings_of([section("m1", gpu_layers=0, device="CUDA0")], Enable.ALL, 0)
+    before = world()
+    plan = make_plan(fleet, settings, before)
+    assert make_plan(fleet, settings, again(plan, before)) == plan
