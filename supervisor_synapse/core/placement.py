@@ -335,7 +335,7 @@ class Search:
             found = self.configuration(Placement(context, (name,), self.layers))
             needs = found.needs()
             if context == self.contexts[-1]:
-                self._least.setdefault(backend, needs[name])
+                self._least.setdefault(backend, needs.get(name, 0))
             lacking = _lacking(needs, room)
             if lacking is None:
                 return found

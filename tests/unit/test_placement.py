@@ -590,3 +590,10 @@ def test_a_device_that_only_the_settings_name_was_never_there_to_be_lost() -> No
     before = world()
     plan = make_plan(fleet, settings, before)
     assert make_plan(fleet, settings, again(plan, before)) == plan
+
+
+def test_an_engine_that_cannot_be_told_a_device_is_planned_for_all_the_same() -> None:
+    old = engine(flags=FLAGS - {"--device"})
+    before = world(gpu("CUDA0"), host(), engine=old)
+    plan = make_plan([model(name="m0")], Settings(enable=Enable.ALL), before)
+    assert plan.programs[0].enabled
