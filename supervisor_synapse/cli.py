@@ -23,8 +23,9 @@ _REFUSED_LISTENER_SECONDS = 4.0
 
 if TYPE_CHECKING:
     from supervisor_synapse.adapters.supervisord import Supervisord
-    from supervisor_synapse.core.model import Problem, Program, Row
+    from supervisor_synapse.core.model import Failure, Problem, Program, Row
     from supervisor_synapse.core.settings import Settings
+    from supervisor_synapse.effects import Deployer
     from supervisor_synapse.discovery import Discovery
     from supervisor_synapse.lifecycle import Interrupts
 
@@ -281,26 +282,36 @@ def _stop_everything(deployment: Deployment, settings: Settings, interrupts: Int
 def _listen(deployment: Deployment, _: argparse.Namespace) -> int:
     from supervisor_synapse import control
     from supervisor_synapse.adapters import processes
-    from supervisor_synapse.effects import Deployer
-
-    def move_port(name: str) -> None:
-        from supervisor_synapse import deploy  # seldom needed, and not small
-
-        deploy.move_port(deployment, name)
-
-    def set_rung(name: str, rung: int) -> None:
-        from supervisor_synapse import deploy
-
-        deploy.set_rung(deployment, name, rung)
-
     try:
         deployments.require_laid_down(deployment)
     except ConfigError:
         processes.die_with_parent()
         time.sleep(_REFUSED_LISTENER_SECONDS)  # else supervisord would try again at once
         raise
-    control.listen(deployment, Deployer(move_port, set_rung))
+    control.listen(deployment, _deployer(deployment))
     return 0
+
+
+def _deployer(deployment: Deployment) -> Deployer:
+    """Each imports what it needs when it is called: that is seldom, and not small."""
+    from supervisor_synapse.effects import Deployer
+
+    def revising(change: str) -> Any:
+        def revise(*arguments: Any, **named: Any) -> Any:
+            from supervisor_synapse import revise
+
+            return getattr(revise, change)(deployment, *arguments, **named)
+
+        return revise
+
+    def roll_back(name: str, left: str, failure: Failure) -> str:
+        return str(revising("roll_back")(name, left=left, failure=failure))
+
+    return Deployer(
+        move_port=revising("move_port"), set_rung=revising("set_rung"), renew=revising("renew"),
+        bless=revising("bless"), roll_back=roll_back, adopt=revising("adopt"),
+        forget_untold=revising("told_of"), set_aside=revising("set_aside"),
+    )  # fmt: skip
 
 
 def _settings(deployment: Deployment) -> Settings:

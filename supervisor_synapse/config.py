@@ -224,6 +224,7 @@ class _Synapse(_Section):
     when_full: WhenFull = WhenFull.DEGRADE
     climb_after_seconds: Annotated[int, Field(ge=1, le=86400)] = 60
     overcommit_sleepers: bool = False
+    trial_seconds: Annotated[int, Field(ge=1, le=86400)] = 60
 
 
 class _Probe(_Section):
@@ -489,7 +490,7 @@ def _settings(
         enable=synapse.enable,
         max_parallel=synapse.max_parallel, memory_reserve=synapse.memory_reserve,
         when_full=synapse.when_full, climb_after_seconds=synapse.climb_after_seconds,
-        overcommit_sleepers=synapse.overcommit_sleepers,
+        overcommit_sleepers=synapse.overcommit_sleepers, trial_seconds=synapse.trial_seconds,
         probe=ProbePolicy(**fixed["probe"].model_dump()),
         restart=RestartPolicy(**fixed["restart"].model_dump()),
         stop=StopPolicy(**fixed["stop"].model_dump()), tiers=tiers, models=rules,

@@ -8,29 +8,33 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
 
-from supervisor_synapse import discovery, render
+from supervisor_synapse import commit as commits
+from supervisor_synapse import render
 from supervisor_synapse.adapters import (
     deployment as deployments,
 )
 from supervisor_synapse.adapters import (
+    generations,
     registry,
     store,
     supervisord,
 )
 from supervisor_synapse.adapters.deployment import Deployment
+from supervisor_synapse.adapters.generations import digest
 from supervisor_synapse.adapters.registry import Registry
 from supervisor_synapse.adapters.supervisord import Supervisord
-from supervisor_synapse.core.changes import Changes
-from supervisor_synapse.core.model import UNDER_WAY, ProcessState
-from supervisor_synapse.core.settings import Settings
-from supervisor_synapse.discovery import Change, digest
-from supervisor_synapse.errors import ApplyError, ConfigError, ShuttingDown
+from supervisor_synapse.core import trials
+from supervisor_synapse.core.model import UNDER_WAY, Phase
+from supervisor_synapse.core.trials import Generation, Rejected, Standing
+from supervisor_synapse.discovery import Change
+from supervisor_synapse.errors import ApplyError, ConfigError, ShuttingDown, TransientError
 
 _POLL_SECONDS = 0.05
-_SETTLE_SECONDS = 600.0  # a rolled model may load from a slow disk; then the next one goes on
+_SETTLE_SECONDS = 660.0  # a model may load from a slow disk; the listener gives it 600
+_SILENT_SECONDS = 30.0
+_NOT_SETTLED = UNDER_WAY | {Phase.BACKOFF, Phase.UNHEALTHY}
 
 Report = Callable[[str], None]
 
@@ -45,23 +49,31 @@ def initialize(deployment: Deployment) -> tuple[Path, ...]:
     return deployments.lay_down(deployment, files)
 
 
-def apply(deployment: Deployment, found: Change, rpc: Supervisord | None, report: Report) -> None:
+def apply(
+    deployment: Deployment,
+    found: Change,
+    rpc: Supervisord | None,
+    report: Report,
+    surface: str = trials.DISCOVER,
+) -> tuple[str, ...]:
     """Carry out a discovery; where nothing changed no file is touched.
 
-    The registry is written before the blocks, so that a block written by an apply that was
-    killed is still known as ours.
+    The files are written at once; the listener has supervisord take them up, changed models one
+    after the other, and that is waited for. Models whose new blocks were refused, or failed.
 
     Raises:
         ConfigError: supervisord's parser would not take the result; nothing was changed.
-        ApplyError: a file could not be written, or supervisord did not follow.
+        ApplyError: a file could not be written, or nobody takes up what was.
         TransientError: another discovery is at work.
+        Overtaken: the deployment was changed meanwhile; discover again.
     """
     try:
         with store.exclusive(deployment.discovery_lock):
-            _write(deployment, found, report)
+            with commits.locked(deployment):
+                was_up = _write(deployment, found, rpc, report, surface)
             if rpc is not None:
-                _tell_supervisord(rpc, found, report)
-            _drop_old_links(deployment, found.links)
+                _await_taken_up(deployment, found, rpc, was_up, report)
+            return _failed(deployment, found, report)
     except OSError as error:
         where = error.filename2 or error.filename or deployment.prefix
         raise ApplyError(
@@ -70,47 +82,164 @@ def apply(deployment: Deployment, found: Change, rpc: Supervisord | None, report
         ) from None
 
 
-def _write(deployment: Deployment, found: Change, report: Report) -> None:
+class Overtaken(TransientError):
+    """What a discovery looked at is no longer so."""
+
+
+def _write(
+    deployment: Deployment, found: Change, rpc: Supervisord | None, report: Report, surface: str
+) -> frozenset[str]:
+    """Write what was found; the programs that ran before."""
     changes = found.changes
+    before = registry.load(deployment.registry)
+    if before != found.earlier:
+        raise Overtaken("the deployment was changed meanwhile; run `synapse discover` again")
+    commits.complete(deployment)
     written = [found.blocks[name] for name in (*changes.added, *changes.changed)]
     if changes:
         _parse_back(deployment, found, written)
     _make_links(deployment, found.links)
-    before = registry.load(deployment.registry)
-    if not registry.is_same(before, found.registry):
-        registry.save(deployment.registry, found.registry)
-    for block in written:
-        store.write_text(deployment.block(block.name), block.text)
-    for name in changes.removed:
-        deployment.block(name).unlink(missing_ok=True)
+    was_up = _that_run(rpc)
+    _refuse(deployment, found)
+    texts = {name: block.text for name, block in found.blocks.items()}
+    step = commits.Step(
+        registry=found.registry, removed=changes.removed,
+        written=commits.kept_of(found.registry, texts, (*changes.added, *changes.changed)),
+        standing=commits.kept_of(found.registry, texts, changes.unchanged),
+        renewed=tuple(found.switched_on) if rpc is not None else (),
+    )  # fmt: skip
+    generation = None
+    if changes:
+        generation = Generation(
+            found.registry.generation, time.time(), surface, _why(found), {}, changes.added,
+            changes.changed, changes.removed,
+        )  # fmt: skip
+    commits.commit(deployment, step, generation, tell=rpc is not None)
     _leave_beside(deployment, found, before, report)
-    # All blocks stand: from now on only the newest text is ours, and a hand edit back to an older
-    # one is an edit like any other.
-    settled = registry.settled(found.registry)
-    if settled != found.registry:
-        registry.save(deployment.registry, settled)
+    _drop_old_links(deployment, found.links)
+    return was_up
 
 
-def move_port(deployment: Deployment, name: str) -> None:
-    """Give one program, which does not run, another free port; all else stays as it was applied.
+def _why(found: Change) -> str:
+    """What made these changes, as far as it shows, for a person."""
+    changes = found.changes
+    reasons = []
+    if found.registry.settings != found.earlier.settings:
+        reasons.append("synapse.conf changed")
+    if changes.added or changes.removed:
+        reasons.append("models came or went")
+    if changes.changed and not reasons:
+        reasons.append("what blocks are made of changed: a template, the engine, a file")
+    return ", ".join(reasons)
+
+
+def _that_run(rpc: Supervisord | None) -> frozenset[str]:
+    if rpc is None:
+        return frozenset()
+    return frozenset(process.name for process in rpc.processes() if process.pid)
+
+
+def _refuse(deployment: Deployment, found: Change) -> None:
+    """Note what was refused before it was tried, and leave it beside."""
+    known = generations.standings(deployment)
+    after = {}
+    for name, (block, failure) in found.refused.items():
+        standing = known.get(name, Standing())
+        rejection = Rejected(
+            digest(block.text), found.earlier.generation, failure, was_tried=False
+        )
+        if standing.rejection(rejection.digest) is None:
+            after[name] = trials.rejected(standing, rejection)
+            commits.reject(deployment, name, block.text, failure)
+    commits.keep_standings(deployment, after)
+
+
+def _await_taken_up(
+    deployment: Deployment,
+    found: Change,
+    rpc: Supervisord,
+    was_up: frozenset[str],
+    report: Report,
+) -> None:
+    """Until the listener has had supervisord take up all that changed, and what ran runs again.
 
     Raises:
-        ConfigError: its port is not ours to choose, or there is none left.
-        ApplyError, TransientError: it could not be carried out.
+        ApplyError: there is no listener that does.
     """
-    moved = discovery.with_another_port(deployment, name)
-    apply(deployment, moved, Supervisord(deployment.socket), lambda line: None)
+    changes = found.changes
+    words = {name: "added" for name in changes.added}
+    words |= {name: "changed" for name in changes.changed}
+    words |= {name: "removed" for name in changes.removed}
+    waiting = {*registry.load(deployment.registry).untold}
+    settling = {*changes.changed} & was_up
+    moved_at, stamp, told_at = time.monotonic(), None, time.time()
+    while waiting or settling:
+        if time.monotonic() - moved_at > _SETTLE_SECONDS:
+            report(f"still on its way: {', '.join(sorted(waiting | settling))}")
+            return
+        seen = _stamp(deployment)
+        if seen != stamp:
+            stamp = seen
+            now = registry.load(deployment.registry).untold
+            for name in sorted(waiting - set(now)):
+                report(f"{name}: {words.get(name, 'taken up')}")
+                moved_at, told_at = time.monotonic(), time.time()
+            waiting &= set(now)
+        settled = _settled(rpc, settling - waiting, told_at)
+        if settled:
+            settling -= settled
+            moved_at = time.monotonic()
+        time.sleep(_POLL_SECONDS)
 
 
-def set_rung(deployment: Deployment, name: str, rung: int) -> None:
-    """Serve one program, which does not run, as another rung of its ladder says.
+def _stamp(deployment: Deployment) -> tuple[int, int]:
+    status = deployment.registry.stat()
+    return status.st_mtime_ns, status.st_ino
+
+
+def _settled(rpc: Supervisord, names: set[str], since: float) -> set[str]:
+    """Those that are ready or have been given up, as the listener saw them after `since`.
 
     Raises:
-        ConfigError: there is no such rung, or its block was edited by hand.
-        ApplyError, TransientError: it could not be carried out.
+        ApplyError: there is no listener, or it does not report.
     """
-    stepped = discovery.with_another_rung(deployment, name, rung)
-    apply(deployment, stepped, Supervisord(deployment.socket), lambda line: None)
+    try:
+        snapshot = rpc.snapshot()
+    except supervisord.Refused:
+        raise ApplyError(
+            "supervisord runs without [rpcinterface:synapse], so nobody takes up the change; "
+            "it is written, and holds from supervisord's next start on"
+        ) from None
+    except ShuttingDown:
+        raise ApplyError("supervisord is shutting down; it will read the files next time") from None
+    except TransientError:
+        return set()
+    if snapshot is not None and time.time() - snapshot.at > _SILENT_SECONDS:
+        raise ApplyError(
+            f"the listener has not reported for {_SILENT_SECONDS:.0f} s; it will take up the "
+            "change when it is back; see var/log/synapse.log"
+        )
+    if snapshot is None or snapshot.at <= since:
+        return set()
+    phases = {row.name: row.phase for row in snapshot.models}
+    return {name for name in names if phases.get(name) not in _NOT_SETTLED}
+
+
+def _failed(deployment: Deployment, found: Change, report: Report) -> tuple[str, ...]:
+    """Models whose new blocks were refused or taken back."""
+    known = generations.standings(deployment)
+    failed = []
+    for name, block in found.blocks.items():
+        standing = known.get(name)
+        rejection = standing.rejection(digest(block.text)) if standing else None
+        if rejection is not None and rejection.failure is not None:
+            failed.append(name)
+            why = rejection.failure
+            report(
+                f"{name}: rejected: {why.failure_class.value}: {why.message}; the former block "
+                f"serves; the rejected one is {deployment.rejected(name)}"
+            )
+    return tuple(failed)
 
 
 def _parse_back(deployment: Deployment, found: Change, written: list[render.Block]) -> None:
@@ -192,94 +321,3 @@ def _leave_beside(deployment: Deployment, found: Change, before: Registry, repor
                 f"{name}: edited by hand, kept; what discovery would write is in {beside} "
                 f"(`synapse discover --force {name}` takes it)"
             )
-
-
-def _tell_supervisord(rpc: Supervisord, found: Change, report: Report) -> None:
-    """Added, changed, removed: only these groups are touched, changed ones one at a time."""
-    bound = _stop_bound(found.registry.settings)
-    try:
-        changes = _with_arrears(found, rpc.reread())
-        for name in changes.removed:
-            _stop(rpc, name, bound)
-            rpc.remove(name)
-            report(f"{name}: removed")
-        for name in found.switched_off:
-            _stop(rpc, name, bound)
-            report(f"{name}: stopped, its model is no longer enabled")
-        for name in changes.added:
-            rpc.add(name)
-            report(f"{name}: added")
-        for name in sorted({*found.switched_on} - {*changes.added, *changes.changed}):
-            _make_fresh(rpc, name)
-        for name in changes.changed:
-            was_up = _stop(rpc, name, bound)
-            rpc.remove(name)
-            added_at = time.time()
-            rpc.add(name)
-            report(f"{name}: changed")
-            if was_up:
-                _await_settled(rpc, name, added_at)
-    except supervisord.Refused as refused:
-        raise ApplyError(f"supervisord did not take the change: {refused}") from None
-    except ShuttingDown:
-        raise ApplyError("supervisord is shutting down; it will read the files next time") from None
-
-
-def _with_arrears(found: Change, seen: supervisord.Reread) -> Changes:
-    """The changes, and those of an earlier apply that did not reach supervisord."""
-    changes = found.changes
-    settled = {*changes.unchanged}
-    gone = {entry.name for entry in found.registry.entries.values() if not entry.present}
-    gone -= {*changes.kept}
-    return replace(
-        changes,
-        added=tuple(sorted({*changes.added} | (seen.added & settled))),
-        changed=tuple(sorted({*changes.changed} | (seen.changed & settled))),
-        removed=tuple(sorted({*changes.removed} | (seen.removed & gone))),
-    )
-
-
-def _stop_bound(settings: Settings) -> float:
-    """Seconds after which supervisord itself has killed whatever it was asked to stop."""
-    return settings.stop.longest_seconds + 30.0
-
-
-def _stop(rpc: Supervisord, name: str, bound_seconds: float) -> bool:
-    """Stop a program and wait for it; whether it ran.
-
-    Raises:
-        ApplyError: it is still there long after supervisord killed it.
-    """
-    deadline = time.monotonic() + bound_seconds
-    ran = False
-    while (process := rpc.process(name)) is not None and process.pid:
-        ran = True
-        if process.state is not ProcessState.STOPPING:
-            rpc.stop(name)
-        if time.monotonic() > deadline:
-            raise ApplyError(f"cannot stop {name}: pid {process.pid} outlived being killed")
-        time.sleep(_POLL_SECONDS)
-    return ran
-
-
-def _make_fresh(rpc: Supervisord, name: str) -> None:
-    """Forget that a stopped program was ever stopped, so that the listener brings it up."""
-    process = rpc.process(name)
-    if process is not None and not process.pid:
-        rpc.remove(name)
-        rpc.add(name)
-
-
-def _await_settled(rpc: Supervisord, name: str, since: float) -> None:
-    """Wait until the listener, looking after `since`, has the model ready or given up."""
-    deadline = time.monotonic() + _SETTLE_SECONDS
-    while time.monotonic() < deadline:
-        try:
-            snapshot = rpc.snapshot()
-        except supervisord.Refused:
-            return  # the plugin is not loaded: there is no listener to wait for
-        if snapshot is not None and snapshot.at > since:
-            phases = {row.name: row.phase for row in snapshot.models}
-            if phases.get(name) not in UNDER_WAY:
-                return
-        time.sleep(_POLL_SECONDS)

@@ -9,16 +9,17 @@ import contextlib
 import hashlib
 import os
 import re
-import shlex
 import socket
+import time
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 from supervisor_synapse import figures, render
 from supervisor_synapse.adapters import (
     demo_model,
+    generations,
     hfcache,
     intent,
     registry,
@@ -30,7 +31,9 @@ from supervisor_synapse.adapters import (
 from supervisor_synapse.adapters import (
     engine as engines,
 )
+from supervisor_synapse.adapters.blocks import command_words
 from supervisor_synapse.adapters.deployment import Deployment
+from supervisor_synapse.adapters.generations import digest
 from supervisor_synapse.adapters.gpu import cpu
 from supervisor_synapse.adapters.header_cache import HeaderCache
 from supervisor_synapse.adapters.registry import Entry, Registry
@@ -42,15 +45,19 @@ from supervisor_synapse.core.estimate import HOST
 from supervisor_synapse.core.model import (
     Device,
     Engine,
+    Failure,
+    FailureClass,
     Part,
     Problem,
     Program,
     Variant,
 )
+from supervisor_synapse.core.placement import as_edited as as_configured
 from supervisor_synapse.core.plan import (
     Choice,
     Plan,
     World,
+    as_it_runs,
     make_plan,
     on_rung,
     unmatched_sections,
@@ -72,6 +79,9 @@ class Change:
     links: Mapping[Path, str]  # under var/models → the file meant
     changes: Changes
     registry: Registry  # as it shall be saved
+    earlier: Registry  # as it was
+    refused: Mapping[str, tuple[render.Block, Failure]] = field(default_factory=dict)
+    # changed blocks that cannot work: they are not tried
     switched_on: tuple[str, ...] = ()  # programs that the settings enable since now
     switched_off: tuple[str, ...] = ()
 
@@ -145,6 +155,7 @@ def discover(
         links={**_links_kept(deployment, meant.plan, plan), **links},
         problems=tuple(problems), engine=engine, devices=devices,
         registry=replace(after, demo=demo, devices=kept_devices),
+        earlier=earlier, refused=meant.refused,
         switched_on=_switched(earlier, meant.plan, on=True),
         switched_off=_switched(earlier, meant.plan, on=False),
     )  # fmt: skip
@@ -166,6 +177,7 @@ class _Meant:
     blocks: Mapping[str, render.Block]
     changes: Changes
     problems: tuple[Problem, ...]
+    refused: Mapping[str, tuple[render.Block, Failure]]
 
 
 def _meant(
@@ -182,6 +194,8 @@ def _meant(
     around = _surroundings(deployment, settings, engine.path)
     templates = render.Templates(deployment.templates)
     blocks, refused = _render(templates, plan.programs, around, earlier.digests())
+    blocks, told, failing = _tried(blocks, plan, deployment, engine, deployed, forced)
+    refused |= told
     none_found = not plan.programs
     plan = _without_refused(plan, blocks, deployed, earlier)
     unseen = _out_of_sight(plan, sight, deployed, earlier, deployment.links)
@@ -198,7 +212,7 @@ def _meant(
     if changes.removed and none_found:
         problems.append(_all_gone(changes.removed))
         changes = replace(changes, removed=(), kept=changes.kept + changes.removed)
-    return _Meant(plan, blocks, changes, tuple(problems))
+    return _Meant(plan, blocks, changes, tuple(problems), failing)
 
 
 _Ask = Callable[[figures.Figures, Sequence[Program]], figures.Figures]
@@ -394,6 +408,58 @@ def _render(
     return blocks, refused
 
 
+def _tried(
+    blocks: Mapping[str, render.Block],
+    plan: Plan,
+    deployment: Deployment,
+    engine: Engine,
+    deployed: Mapping[str, Deployed],
+    forced: Iterable[str],
+) -> tuple[dict[str, render.Block], dict[str, Problem], dict[str, tuple[render.Block, Failure]]]:
+    """Changed blocks that may be tried; why others are not; and those that are refused only now.
+
+    A model that has nothing good to go back to is started all the same: its own failure tells more.
+    """
+    known, force = generations.standings(deployment), set(forced)
+    programs = {program.name: program for program in plan.programs}
+    kept, told, refused = {}, {}, {}
+    for name, block in blocks.items():
+        standing, there = known.get(name), deployed.get(name)
+        named = digest(block.text)
+        is_new = there is None or there.digest != named
+        is_guarded = standing is not None and bool(standing.good) and there is not None
+        if not is_new or not is_guarded or standing is None or name in force:
+            kept[name] = block
+            continue
+        earlier = standing.rejection(named)
+        failure = _refusal(engine, programs[name]) if earlier is None else earlier.failure
+        if earlier is None and failure is None:
+            kept[name] = block
+            continue
+        told[name] = _not_tried(name, failure, is_known=earlier is not None)
+        if earlier is None and failure is not None:
+            refused[name] = (block, failure)
+    return kept, told, refused
+
+
+def _refusal(engine: Engine, program: Program) -> Failure | None:
+    """What the engine says against a program's arguments; it is not started for that."""
+    said = engines.refusal(engine, program.arguments)
+    return Failure(FailureClass.BAD_ARGUMENT, said, time.time()) if said else None
+
+
+def _not_tried(name: str, failure: Failure | None, *, is_known: bool) -> Problem:
+    if failure is None:
+        why = "somebody went back from what synapse.conf says by command; its block stays"
+        return Problem(name, why, f"change synapse.conf, or `synapse discover --force {name}`")
+    words = f"{failure.failure_class.value}: {failure.message}"
+    when = "failed before" if is_known else "cannot work"
+    return Problem(
+        name, f"what synapse.conf says now {when}, and is not tried: {words}; its block stays",
+        f"change it, or `synapse discover --force {name}`",
+    )  # fmt: skip
+
+
 def _without_refused(
     plan: Plan,
     blocks: Mapping[str, render.Block],
@@ -476,11 +542,6 @@ def _with_edits_told(plan: Plan, blocks: Mapping[str, render.Block], changes: Ch
     return replace(plan, programs=programs)
 
 
-def digest(text: str) -> str:
-    """Names the content of a block."""
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def _digests(blocks: Mapping[str, render.Block]) -> dict[str, str]:
     return {name: digest(block.text) for name, block in blocks.items()}
 
@@ -518,11 +579,7 @@ def _edited(
 
 def _arguments_in(block: str) -> tuple[str, ...] | None:
     """What the command of a block tells llama-server, beside the files; None: it runs no such."""
-    command = re.search(r"^command\s*=\s*(.*?)(\s;.*)?$", block, re.MULTILINE)
-    try:
-        words = shlex.split(command[1].replace("%%", "%")) if command else []
-    except ValueError:
-        return None
+    words = command_words(block)
     if "--" not in words:
         return None
     words = words[words.index("--") + 2 :]
@@ -650,7 +707,7 @@ def _registered(
         )  # fmt: skip
     programs = plan.programs if plan.programs else earlier.programs
     generation = earlier.generation + (1 if changes else 0)
-    return Registry(entries, programs, settings, generation)
+    return Registry(entries, programs, settings, generation, untold=earlier.untold)
 
 
 def _switched(earlier: Registry, plan: Plan, *, on: bool) -> tuple[str, ...]:
@@ -661,6 +718,50 @@ def _switched(earlier: Registry, plan: Plan, *, on: bool) -> tuple[str, ...]:
         for program in plan.programs
         if program.enabled is on and before.get(program.name, on) is not on
     )
+
+
+def as_edited(
+    deployment: Deployment, earlier: Registry, texts: Mapping[str, str]
+) -> dict[str, Program]:
+    """Programs by key as blocks that were edited by hand (`texts`, by name) say.
+
+    What they take is estimated where their models can be found; else it stays as it was.
+    """
+    arguments = {
+        program.key: said
+        for program in earlier.programs
+        if program.name in texts and (said := _arguments_in(texts[program.name])) is not None
+    }
+    try:
+        world, models = _as_applied(deployment, earlier)
+    except ConfigError:
+        return {}
+    found = {}
+    for program in earlier.programs:
+        model, said = models.get(program.key), arguments.get(program.key)
+        if model is not None and said is not None:
+            edited = as_it_runs(program, as_configured(model, said, world))
+            found[program.name] = replace(edited, rung=0, reason="edited by hand, see its block")
+    return found
+
+
+def _as_applied(deployment: Deployment, earlier: Registry) -> tuple[World, dict[str, Model]]:
+    """What the applied plan was made from, as far as estimates need it; and the models by key.
+
+    Raises:
+        ConfigError: there is no engine.
+    """
+    settings = earlier.settings
+    engine = engines.find(settings.engine)
+    found = hfcache.scan(settings.cache_dirs, settings.model_dirs, HeaderCache(deployment.headers))
+    models = build_catalog(found.files, earlier.names()).models
+    devices = earlier.devices or (cpu.read(),)
+    known = figures.read(deployment, engine, devices, models, earlier.programs)
+    world = World(
+        devices=devices, engine=engine, earlier={}, port_is_free=lambda port: True,
+        known=known.known, scratch=known.scratch,
+    )  # fmt: skip
+    return world, {model.key: model for model in models}
 
 
 def with_another_port(deployment: Deployment, name: str) -> Change:
@@ -721,10 +822,11 @@ def _with_one_changed(
         entry, choice=choice, digests=registry.with_digest(entry.digests, digest(block.text))
     )
     entries = {**earlier.entries, program.key: entry}
-    generation = earlier.generation + (1 if changes else 0)
-    after = replace(earlier, entries=entries, programs=programs, generation=generation)
+    after = replace(earlier, entries=entries, programs=programs)
     links = _links(deployment)
-    return Change(blocks={name: block}, links=links, changes=changes, registry=after)
+    return Change(
+        blocks={name: block}, links=links, changes=changes, registry=after, earlier=earlier
+    )
 
 
 def _links(deployment: Deployment) -> dict[Path, str]:

@@ -2,23 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import assert_never
 
 from supervisor_synapse.adapters import processes
 from supervisor_synapse.adapters.supervisord import Refused, Supervisord
-from supervisor_synapse.core.state import Action, Kill, MovePort, SetRung, Start, Stop
-from supervisor_synapse.errors import ApplyError, ConfigError, TransientError
+from supervisor_synapse.core.model import Failure
+from supervisor_synapse.core.state import (
+    Action,
+    Bless,
+    Kill,
+    MovePort,
+    Renew,
+    RollBack,
+    SetRung,
+    Start,
+    Stop,
+)
+from supervisor_synapse.errors import ApplyError, ConfigError, RollbackFailed, TransientError
 
 
 @dataclass(frozen=True, slots=True)
 class Deployer:
-    """Renders the block of one program anew, which does not run, and applies it."""
+    """Changes of single models in the deployment (revise.py), by the program's name."""
 
-    move_port: Callable[[str], None]  # by the program's name
+    move_port: Callable[[str], None]
     set_rung: Callable[[str, int], None]
+    renew: Callable[[str], bool]
+    bless: Callable[[str, str], None]
+    roll_back: Callable[[str, str, Failure], str]  # of which block, and why
+    adopt: Callable[[Sequence[str]], None]
+    forget_untold: Callable[[Sequence[str]], None]
+    set_aside: Callable[[str, Failure], str]
 
 
 class Effects:
@@ -50,6 +67,16 @@ class Effects:
                     return _told(partial(self._deployer.move_port, action.name))
                 case SetRung():
                     return _told(partial(self._deployer.set_rung, action.name, action.rung))
+                case Renew():
+                    return _told(partial(self._deployer.renew, action.name))
+                case Bless():
+                    return _told(partial(self._deployer.bless, action.name, action.digest))
+                case RollBack():
+                    return _told(
+                        partial(
+                            self._deployer.roll_back, action.name, action.digest, action.failure
+                        )
+                    )
                 case _:
                     assert_never(action)
         except Refused as refused:
@@ -57,10 +84,12 @@ class Effects:
         return ""
 
 
-def _told(change: Callable[[], None]) -> str:
+def _told(change: Callable[[], object]) -> str:
     """What kept a change of the deployment from being carried out, or ""."""
     try:
         change()
-    except (ApplyError, ConfigError, TransientError) as error:
+    except (ApplyError, ConfigError, RollbackFailed, TransientError) as error:
         return str(error)
+    except OSError as error:
+        return f"cannot write {str(error.filename)!a}: {error.strerror}"
     return ""

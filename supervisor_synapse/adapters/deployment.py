@@ -86,6 +86,14 @@ class Deployment:
         return self.lib / "generations"
 
     @property
+    def kept_blocks(self) -> Path:
+        return self.generations / "blocks"
+
+    @property
+    def trials(self) -> Path:
+        return self.lib / "trials.json"
+
+    @property
     def log(self) -> Path:
         return self.prefix / "var" / "log"
 
@@ -116,18 +124,28 @@ class Deployment:
 
     @property
     def discovery_lock(self) -> Path:
+        """Held by a discovery until all is done."""
         return self.run / "discover.lock"
+
+    @property
+    def lock(self) -> Path:
+        """Held by whoever changes blocks, the registry or what is known of them; not for long."""
+        return self.run / "deployment.lock"
 
     def folders(self) -> tuple[Path, ...]:
         """Every folder of the deployment, outer ones first."""
         return (
             self.prefix, self.etc, self.blocks, self.templates, self.prefix / "var", self.links,
-            self.lib, self.generations, self.log, self.run,
+            self.lib, self.generations, self.kept_blocks, self.log, self.run,
         )  # fmt: skip
 
     def block(self, name: str) -> Path:
         """The program block of a model."""
         return self.blocks / f"{name}.conf"
+
+    def rejected(self, name: str) -> Path:
+        """A block that failed, with the reason on top."""
+        return self.blocks / f"{name}.conf.rejected"
 
     def record(self, name: str) -> Path:
         """Names the run of a model while it lasts."""

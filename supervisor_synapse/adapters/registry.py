@@ -46,6 +46,8 @@ class Registry:
     generation: int = 0
     demo: bool = False  # the generated model is wanted beside others
     devices: tuple[Device, ...] = ()  # as the engine listed them; what was free then is left out
+    untold: Mapping[str, str] = field(default_factory=dict)
+    # programs of which supervisord is still to be told → digest of the block; "": it is removed
     version: int = _VERSION
 
     def names(self) -> dict[str, str]:
@@ -101,6 +103,12 @@ def load(path: Path) -> Registry:
         store.set_aside(path)
         return Registry()
     return registry
+
+
+def told(registry: Registry, name: str) -> Registry:
+    """The registry when supervisord has taken up what became of a program."""
+    rest = {one: digest for one, digest in registry.untold.items() if one != name}
+    return replace(registry, untold=rest)
 
 
 def settled(registry: Registry) -> Registry:

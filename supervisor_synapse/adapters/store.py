@@ -13,6 +13,7 @@ import logging
 import os
 import stat
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, TypeVar
@@ -24,6 +25,7 @@ _log = logging.getLogger("synapse")
 _T = TypeVar("_T")
 
 _LARGEST_STATE_BYTES = 64 * 1024 * 1024
+_LOCK_POLL_SECONDS = 0.01
 
 
 def write_text(path: Path, text: str, *, mode: int = 0o600) -> None:
@@ -115,20 +117,29 @@ def set_aside(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def exclusive(path: Path) -> Iterator[None]:
+def exclusive(path: Path, whose: str = "another discovery", wait_seconds: float = 0) -> Iterator[None]:
     """Hold the lock file `path` for the block; it is freed by the kernel if we die.
 
     Raises:
-        TransientError: another process holds it.
+        TransientError: another process (`whose`, in words) holds it, and has for `wait_seconds`.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    deadline = time.monotonic() + wait_seconds
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise TransientError(
-                f"cannot lock {path}: another discovery is running; wait for it to end"
-            ) from None
+        while not _lock(descriptor):
+            if time.monotonic() >= deadline:
+                raise TransientError(
+                    f"cannot lock {path}: {whose} is running; wait for it to end"
+                )
+            time.sleep(_LOCK_POLL_SECONDS)
         yield
     finally:
         os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -73,6 +73,14 @@ class Process:
 
 
 @dataclass(frozen=True, slots=True)
+class _Configured:
+    """What we need of one entry of getAllConfigInfo."""
+
+    name: str
+    command: str
+
+
+@dataclass(frozen=True, slots=True)
 class Reread:
     """Group names by what supervisord found when it read its files again."""
 
@@ -96,6 +104,7 @@ _PID = TypeAdapter(Annotated[int, Field(gt=0)])
 _COUNT = TypeAdapter(Annotated[int, Field(ge=0)])
 _PROCESS = TypeAdapter(Process)
 _PROCESSES = TypeAdapter(list[Process])
+_COMMANDS = TypeAdapter(list[_Configured])
 _REQUESTS = TypeAdapter(list[Request])
 _REREAD = TypeAdapter(tuple[tuple[list[str], list[str], list[str]]])
 
@@ -205,6 +214,11 @@ class Supervisord:
                 return None
             raise
         return _validated(_PROCESS, answer)
+
+    def commands(self) -> dict[str, str]:
+        """The command of each program, as supervisord holds it."""
+        found = _validated(_COMMANDS, self.call("supervisor.getAllConfigInfo"))
+        return {one.name: one.command for one in found}
 
     def publish(self, snapshot: Snapshot) -> int:
         """Hand the plugin what all surfaces shall show; how many commands wait."""

@@ -22,9 +22,16 @@ from typing import assert_never
 
 from supervisor_synapse.core import admission, restarts
 from supervisor_synapse.core.admission import Commitment, Idle, Ledger, Shortage
-from supervisor_synapse.core.model import DeviceReading, FailureClass, Phase, ProcessState
+from supervisor_synapse.core.model import (
+    DeviceReading,
+    Failure,
+    FailureClass,
+    Phase,
+    ProcessState,
+)
 from supervisor_synapse.core.probes import BAD
 from supervisor_synapse.core.restarts import Restarts
+from supervisor_synapse.core.rollout import going_back, holds_back, roll_out, was_just_told
 from supervisor_synapse.core.settings import WhenFull
 from supervisor_synapse.core.state import (
     Action,
@@ -33,6 +40,7 @@ from supervisor_synapse.core.state import (
     MovePort,
     Now,
     Policy,
+    RollBack,
     Seen,
     SetRung,
     Start,
@@ -65,7 +73,8 @@ def act(
     """The actions, noted in `after`; and what is committed when they are done."""
     ledger = Ledger(readings, tuple(_commitments(seen, after, now, policy)), policy.reserve)
     actions: list[Action] = [
-        *_moves(seen, after), *_stops(seen, after), *_kills(seen, after, now),
+        *roll_out(seen, after, now, policy),
+        *_moves(seen, after, now), *_stops(seen, after), *_kills(seen, after, now),
     ]  # fmt: skip
     _step_down(seen, after, now, policy)
     actions += _climbs(seen, after, now, policy, ledger)
@@ -99,12 +108,13 @@ def _is_asked(state: ModelState, now: Now) -> bool:
     return now.monotonic - asked_at < _START_SPACING_SECONDS
 
 
-def _moves(seen: Sequence[Seen], after: dict[str, ModelState]) -> Iterable[Action]:
+def _moves(seen: Sequence[Seen], after: dict[str, ModelState], now: Now) -> Iterable[Action]:
     """A port that a stranger took is given up, once for each failure."""
     for one in seen:
         state, failure = after[one.name], after[one.name].last_failure
         if (
             state.phase is Phase.BACKOFF
+            and not holds_back(one, state, now)
             and state.moved_run != state.failed_run
             and failure is not None
             and failure.failure_class is FailureClass.PORT_IN_USE
@@ -164,6 +174,8 @@ def _starts(
     for one in seen:
         # Nothing starts beside what its last run may have left.
         if one.is_leaving or not _may_start(after[one.name], now):
+            continue
+        if holds_back(one, after[one.name], now):
             continue
         if after[one.name].target_rung is not None:
             after[one.name], replacing = _replaced(one, after[one.name], now)
@@ -229,6 +241,9 @@ def _short(
 ) -> tuple[list[Action], Ledger]:
     """A model does not fit; what is set aside for it while others make room, nobody else gets."""
     state, words = after[one.name], admission.in_words(shortages)
+    if (back := _back_for_room(one, state, policy, ledger, words, now)) is not None:
+        after[one.name] = going_back(one, state, back.failure, now)
+        return [back], ledger
     match policy.when_full:
         case WhenFull.DEGRADE:
             rung = admission.first_that_fits(ledger, one.claim)
@@ -263,6 +278,23 @@ def _short(
             assert_never(policy.when_full)
     after[one.name] = replace(state, phase=Phase.DEFERRED, reason=words)
     return [], ledger
+
+
+def _back_for_room(
+    one: Seen, state: ModelState, policy: Policy, ledger: Ledger, words: str, now: Now
+) -> RollBack | None:
+    """A block on trial that can never fit, or finds no room where the former one does."""
+    trial = one.trial
+    if trial is None or trial.former is None or was_just_told(state, now):
+        return None
+    is_degrading = policy.when_full is WhenFull.DEGRADE
+    can_wait = admission.is_possible(ledger, one.claim.deployed.needs)
+    if can_wait and is_degrading and admission.first_that_fits(ledger, one.claim) is not None:
+        return None
+    if can_wait and (ledger.shortages(trial.former_needs) or policy.when_full is WhenFull.EVICT):
+        return None
+    failure = Failure(FailureClass.OUT_OF_MEMORY, words, now.wall)
+    return RollBack(one.name, trial.digest, failure, words)
 
 
 def _towards(state: ModelState, rung: int, reason: str) -> ModelState:
@@ -332,6 +364,7 @@ def _step_down(
         state, failure, rung = after[one.name], after[one.name].last_failure, one.claim.rung + 1
         if (
             state.phase in (Phase.BACKOFF, Phase.FAILED)
+            and not holds_back(one, state, now)
             and failure is not None
             and failure.failure_class in _OUT_OF_ROOM
             and rung < len(one.claim.rungs)

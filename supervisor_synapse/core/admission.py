@@ -161,6 +161,16 @@ def _with_freed(reading: DeviceReading, freed: Sequence[Commitment]) -> DeviceRe
     return replace(reading, free_bytes=min(reading.free_bytes + back, reading.total_bytes))
 
 
+def is_possible(ledger: Ledger, needs: Iterable[tuple[str, int]]) -> bool:
+    """Whether it would fit, were nothing else there; a device of which nothing is known may do."""
+    totals = {one.name: one.total_bytes for one in ledger.readings}
+    return all(
+        needed <= totals[device] - ledger.reserve.of(totals[device])
+        for device, needed in needs
+        if device in totals
+    )
+
+
 def in_words(shortages: Iterable[Shortage]) -> str:
     """Every shortage with its numbers."""
     return "; ".join(str(one) for one in shortages)

@@ -98,11 +98,15 @@ def _of_run(state: ModelState, seen: Seen, now: Now) -> ModelState:
     if seen.is_fresh:
         is_new = state.incarnation is None and not state.failed_run
         is_moved = state.failed_run != 0 and state.moved_run == state.failed_run
-        at = state.replaced_at
-        is_replaced = at is not None and now.monotonic - at <= _REPLACED_SECONDS
-        if is_new or is_moved or is_replaced:
+        if is_new or is_moved or _is_ours_to_replace(state.replaced_at, now):
             return state
-        return ModelState(resume=state.resume, asked_at=state.asked_at)
+        anew = ModelState(resume=state.resume, asked_at=state.asked_at)
+        if not _is_ours_to_replace(state.renewed_at, now):
+            return anew
+        return replace(
+            anew, phase=state.phase, reason=state.reason, last_failure=state.last_failure,
+            rests=state.rests, out_since=state.out_since,
+        )  # fmt: skip
     if seen.incarnation is None or seen.incarnation == state.incarnation:
         return state
     return replace(
@@ -112,8 +116,13 @@ def _of_run(state: ModelState, seen: Seen, now: Now) -> ModelState:
         condemned=None, killed_at=None, moved_run=0, failed_run=0, phase=Phase.PENDING,
         is_by_hand=state.is_by_hand if _is_ours(state, now) else not seen.enabled,
         retries=restarts.on_start(state.retries), resume=False, drain=False, idle_since=None,
-        roomy_since=None, is_refused=False, evicted_for="",
+        roomy_since=None, is_refused=False, evicted_for="", tried=seen.digest, rests=False,
     )  # fmt: skip
+
+
+def _is_ours_to_replace(at: float | None, now: Now) -> bool:
+    """Whether a program that is new since then is so by our own doing."""
+    return at is not None and now.monotonic - at <= _REPLACED_SECONDS
 
 
 def _start_of(state: ModelState, seen: Seen, now: Now) -> float | None:
@@ -145,7 +154,7 @@ def _at_rest(state: ModelState, seen: Seen) -> ModelState:
     state = replace(state, is_out=False, condemned=None, ready_at=None)
     if not seen.enabled and (seen.is_fresh or not state.is_by_hand):
         return _said(state, Phase.DISABLED, _with_residue(seen.why, seen))
-    if seen.enabled and (seen.is_fresh or state.resume):
+    if seen.enabled and ((seen.is_fresh and not state.rests) or state.resume):
         return _wanted(state, "enabled; waits for a loading place")
     why = "drained" if state.drain else "stopped by hand"
     return _in(state, Phase.STOPPED, _with_residue(why, seen))

@@ -344,7 +344,7 @@ def _program(
         pinned=bool(candidate.said.pinned), ladder=rungs,
     )  # fmt: skip
     if one.edited is not None:
-        return _as_it_runs(program, one.edited)
+        return as_it_runs(program, one.edited)
     rung = _deployed_rung(one, rungs)
     if not rung:
         return program
@@ -352,7 +352,7 @@ def _program(
     return with_rung(replace(program, reason=reason), rung)
 
 
-def _as_it_runs(program: Program, edited: Configuration) -> Program:
+def as_it_runs(program: Program, edited: Configuration) -> Program:
     """What a block that was edited by hand says; the arguments stay those that would be ours."""
     placement = edited.placement
     return replace(

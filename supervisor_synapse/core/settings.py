@@ -145,6 +145,7 @@ class Settings:
     when_full: WhenFull = WhenFull.DEGRADE
     climb_after_seconds: int = 60  # how long there must be room before a model steps up again
     overcommit_sleepers: bool = False  # what sleeps holds only what it has
+    trial_seconds: int = 60  # a changed block that was ready for so long has proved itself
     probe: ProbePolicy = ProbePolicy()
     restart: RestartPolicy = RestartPolicy()
     stop: StopPolicy = StopPolicy()

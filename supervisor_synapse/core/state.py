@@ -15,6 +15,7 @@ from supervisor_synapse.core.model import Failure, Incarnation, Phase, ProcessSt
 from supervisor_synapse.core.probes import Verdict
 from supervisor_synapse.core.restarts import Restarts
 from supervisor_synapse.core.settings import Reserve, RestartPolicy, WhenFull
+from supervisor_synapse.core.trials import Trial
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,10 @@ class Seen:
     residue: str = ""  # what its last run left behind for good
     is_asleep: bool = False
     claim: Claim = field(default_factory=Claim)  # on memory
+    digest: str = ""  # of the block that is applied
+    trial: Trial | None = None  # while that has not proved itself
+    is_untold: bool = False  # supervisord may hold another block than the applied one
+    is_outdated: bool = False  # it does
 
     @property
     def is_fresh(self) -> bool:
@@ -79,6 +84,13 @@ class ModelState:
     falls: int = 0  # rungs it was driven down by running out of memory
     is_refused: bool = False  # for want of memory, until it is started by hand or enabled
     evicted_for: str = ""  # who got its memory, while it is on its way out
+    tried: str = ""  # the block with which its newest run began
+    blessed_at: float | None = None  # when that was last said to have proved itself
+    back_at: float | None = None  # when it was last told to go back to the former block
+    untold_at: float | None = None  # its block has changed since then
+    renewed_at: float | None = None  # when supervisord was last to take that up
+    out_since: float | None = None  # it was ready, and is out for another block
+    rests: bool = False  # it was stopped by hand when its block changed
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +135,34 @@ class SetRung:
     reason: str
 
 
-Action = Start | Stop | Kill | MovePort | SetRung
+@dataclass(frozen=True, slots=True)
+class Renew:
+    """Have supervisord take up the block of a model that does not run."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Bless:
+    """The block of a model has proved itself."""
+
+    name: str
+    digest: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class RollBack:
+    """Put the former good block of a model in place of the one that is on trial, which failed."""
+
+    name: str
+    digest: str  # of the one that failed
+    failure: Failure
+    reason: str
+
+
+Action = Start | Stop | Kill | MovePort | SetRung | Renew | Bless | RollBack
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +187,7 @@ class Policy:
     when_full: WhenFull = WhenFull.DEGRADE
     climb_after_seconds: float = 60.0
     overcommit_sleepers: bool = False
+    trial_seconds: float = 60.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,250 @@
+"""What the listener knows of the blocks: which are applied, on trial, changed on disk, or broken.
+
+Looked at once a turn; what is on disk is read only where it has changed. A block that somebody
+edited by hand is a generation once supervisord has taken it up. One that supervisord could not read
+is put aside before it can do harm, where it is a model's; a stranger's is only named.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+
+from supervisor_synapse.adapters import blocks, config_files, generations
+from supervisor_synapse.adapters.blocks import OnDisk
+from supervisor_synapse.adapters.deployment import Deployment
+from supervisor_synapse.adapters.registry import Registry
+from supervisor_synapse.adapters.supervisord import Process, Refused, Reread, Supervisord
+from supervisor_synapse.core import trials
+from supervisor_synapse.core.admission import needs_of
+from supervisor_synapse.core.model import Failure, FailureClass, ProcessState
+from supervisor_synapse.core.trials import Standing, Trial
+from supervisor_synapse.effects import Deployer
+from supervisor_synapse.errors import SynapseError
+
+_SCAN_SECONDS = 0.5
+_AGAIN_SECONDS = 3.0  # what could not be done is tried again
+_STILL_SECONDS = 1.5  # a file that was not written to for so long is no longer being saved
+_REPEAT_SECONDS = 60.0
+
+_log = logging.getLogger("synapse")
+
+
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """One look at the blocks of all models, by program name."""
+
+    standings: Mapping[str, Standing] = field(default_factory=dict)
+    trials: Mapping[str, Trial] = field(default_factory=dict)
+    untold: frozenset[str] = frozenset()  # supervisord may hold another block than the applied one
+    outdated: frozenset[str] = frozenset()  # it does
+
+
+class Blocks:
+    """The blocks of one deployment. For the thread that speaks XML-RPC."""
+
+    def __init__(self, deployment: Deployment, rpc: Supervisord, deployer: Deployer) -> None:
+        self._deployment = deployment
+        self._rpc = rpc
+        self._deployer = deployer
+        self._stamp: object = None
+        self._standings: Mapping[str, Standing] = {}
+        self._trials: Mapping[str, Trial] = {}
+        self._on_disk: dict[str, OnDisk] = {}
+        self._scanned_at = -_SCAN_SECONDS
+        self._checked: Mapping[str, OnDisk] | None = None  # found fit for supervisord
+        self._still_since: tuple[float, Mapping[str, OnDisk]] = (0.0, {})
+        self._reread: tuple[float, object, Reread | None] = (0.0, None, None)
+        self._tried_at: dict[str, float] = {}
+
+    def look(self, found: Registry, table: Mapping[str, Process]) -> Sight:
+        """What there is now; what follows from it at once is done: edits are taken note of, broken
+        blocks set aside, removed programs dismissed.
+
+        Raises:
+            TransientError, ShuttingDown: supervisord did not answer.
+        """
+        self._read_standings()
+        self._scan()
+        self._adopt(found, table)
+        self._check_files(found)
+        self._read_standings()
+        outdated = self._look_at_untold(found, table)
+        return Sight(self._standings, self._trials, frozenset(found.untold), outdated)
+
+    def _read_standings(self) -> None:
+        stamp = generations.stamp(self._deployment)
+        if stamp == self._stamp:
+            return
+        self._standings = generations.standings(self._deployment)
+        self._trials = {
+            name: self._trial(standing)
+            for name, standing in self._standings.items()
+            if standing.on_trial
+        }
+        self._stamp = stamp
+
+    def _trial(self, standing: Standing) -> Trial:
+        former = standing.former
+        kept = generations.kept(self._deployment, former.digest) if former else None
+        now = generations.kept(self._deployment, standing.digest)
+        return Trial(
+            standing.digest, standing.generation, former if kept else None,
+            needs_of(kept.program.estimate) if kept else (),
+            has_other_port=kept is not None and now is not None
+            and kept.program.port != now.program.port,
+            rejection=standing.rejection(standing.digest),
+            broken=trials.broken_by(self._standings, standing.generation),
+        )  # fmt: skip
+
+    def _scan(self) -> None:
+        now = time.monotonic()
+        if now - self._scanned_at < _SCAN_SECONDS:
+            return
+        self._scanned_at = now
+        try:
+            self._on_disk = blocks.scan(self._deployment.blocks, self._on_disk)
+        except OSError as error:
+            self._complain("conf.d not read", "conf.d", str(error.strerror))
+
+    # --- edits ------------------------------------------------------------------------------------
+
+    def _adopt(self, found: Registry, table: Mapping[str, Process]) -> None:
+        """Blocks that supervisord has taken up, and that nobody of us wrote."""
+        names = [
+            program.name
+            for program in found.programs
+            if program.name in self._on_disk
+            and program.name not in found.untold
+            and self._is_news(program.name, found, table.get(program.name))
+        ]
+        if not names or not self._may_try("adopt"):
+            return
+        held = self._held_commands()
+        taken = [name for name in names if self._is_held(name, held)]
+        if taken:
+            self._do("edited blocks", partial(self._deployer.adopt, taken))
+
+    def _is_news(self, name: str, found: Registry, process: Process | None) -> bool:
+        standing, there = self._standings.get(name), self._on_disk[name].digest
+        if process is None or (standing is not None and standing.digest == there):
+            return False
+        if standing is None and there in found.digests().get(name, ()):
+            return True
+        return process.state is ProcessState.STOPPED and process.start == 0
+
+    def _held_commands(self) -> Mapping[str, str]:
+        try:
+            return self._rpc.commands()
+        except Refused as refused:
+            self._complain("configuration not told", "supervisord", str(refused))
+            return {}
+
+    def _is_held(self, name: str, held: Mapping[str, str]) -> bool:
+        """Whether supervisord holds the block that is on disk: `reread` alone is not `update`."""
+        try:
+            text = self._deployment.block(name).read_text(encoding="utf-8")
+        except (OSError, ValueError):
+            return False
+        words = blocks.command_words(text)
+        return bool(words) and blocks.command_words(f"command={held.get(name, '')}") == words
+
+    # --- broken files -----------------------------------------------------------------------------
+
+    def _check_files(self, found: Registry) -> None:
+        """Files that changed and are not being written any more: could supervisord read them?"""
+        now = time.monotonic()
+        since, seen = self._still_since
+        if self._on_disk != seen:
+            self._still_since = (now, dict(self._on_disk))
+            return
+        if self._on_disk == self._checked or now - since < _STILL_SECONDS:
+            return
+        if not self._may_try("check"):
+            return
+        broken = config_files.broken_files(self._deployment.main_config)
+        ours = {self._deployment.block(program.name): program.name for program in found.programs}
+        for one in broken:
+            name = ours.get(one.path)
+            if name is None or name not in self._standings:
+                self._complain("broken configuration", str(one.path), str(one))
+                continue
+            failure = Failure(FailureClass.BAD_ARGUMENT, str(one), time.time())
+            self._do("broken block", partial(self._deployer.set_aside, name, failure))
+        if not broken:
+            self._checked = dict(self._on_disk)
+
+    # --- what supervisord is still to be told -----------------------------------------------------
+
+    def _look_at_untold(
+        self, found: Registry, table: Mapping[str, Process]
+    ) -> frozenset[str]:
+        if not found.untold:
+            return frozenset()
+        reread = self._read_again(found.untold)
+        if reread is None:
+            return frozenset()
+        ours = {program.name for program in found.programs}
+        told = [
+            name
+            for name in found.untold
+            if name not in reread.changed | reread.added | reread.removed
+            and (name in ours or name not in table)
+            and (name not in table or table[name].pid)
+        ]
+        if told:
+            self._do("told", partial(self._deployer.forget_untold, told))
+        for name in found.untold:
+            if name not in ours and name in table and name not in told:
+                self._dismiss(name, table[name])
+        return reread.changed & frozenset(found.untold)
+
+    def _read_again(self, untold: Mapping[str, str]) -> Reread | None:
+        at, of, reread = self._reread
+        now = time.monotonic()
+        if dict(untold) == of and now - at < _AGAIN_SECONDS:
+            return reread
+        try:
+            reread = self._rpc.reread()
+        except Refused as refused:
+            self._complain("supervisord cannot read its files", "supervisord", str(refused))
+            reread = None
+        self._reread = (now, dict(untold), reread)
+        return reread
+
+    def _dismiss(self, name: str, process: Process) -> None:
+        """A program whose block was removed: it drains, then it goes."""
+        if process.pid:
+            if process.state is not ProcessState.STOPPING and self._may_try(f"stop {name}"):
+                self._rpc.stop(name)
+        elif self._may_try(f"remove {name}"):
+            self._do("removed", partial(self._deployer.renew, name))
+
+    # --- trying and telling -----------------------------------------------------------------------
+
+    def _may_try(self, what: str) -> bool:
+        now = time.monotonic()
+        if now - self._tried_at.get(what, -_AGAIN_SECONDS) < _AGAIN_SECONDS:
+            return False
+        self._tried_at[what] = now
+        return True
+
+    def _do(self, what: str, change: Callable[[], object]) -> None:
+        try:
+            said = change()
+        except (SynapseError, OSError, ValueError) as error:
+            self._complain(f"{what}: not done", what, str(error))
+            return
+        _log.info(what, extra={"done": said if isinstance(said, str) else ""})
+
+    def _complain(self, what: str, about: str, reason: str) -> None:
+        """Once a minute about the same."""
+        key, now = f"{what}: {about}: {reason}", time.monotonic()
+        if now - self._tried_at.get(key, -_REPEAT_SECONDS) >= _REPEAT_SECONDS:
+            self._tried_at[key] = now
+            _log.warning(what, extra={"about": about, "reason": reason})
+
+

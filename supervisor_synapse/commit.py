@@ -1,0 +1,203 @@
+"""Changes of a deployment, each whole or not at all: written ahead, then carried out.
+
+    1  the new blocks and the generation are kept in var/lib/generations
+    2  the registry names the generation, and the programs of which supervisord is still to be told
+    3  what is known of the blocks (trials.json)
+    4  the blocks in etc/conf.d
+    5  supervisord is told by the listener, one model after the other, and each is crossed off
+
+Killed before step 2, nothing has happened. Killed after it, whoever comes next carries on at
+step 3 (`complete`), from what was kept in step 1. All of it under one lock, which nobody holds for
+long.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from supervisor_synapse.adapters import generations, registry, store
+from supervisor_synapse.adapters.deployment import Deployment
+from supervisor_synapse.adapters.generations import Kept
+from supervisor_synapse.adapters.registry import Registry
+from supervisor_synapse.core import trials
+from supervisor_synapse.core.failures import printable
+from supervisor_synapse.core.model import Failure
+from supervisor_synapse.core.trials import Generation, Standing
+
+_LOCK_SECONDS = 5.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One change of a deployment: the registry after it, and the blocks that it writes."""
+
+    registry: Registry
+    written: tuple[Kept, ...] = ()
+    standing: tuple[Kept, ...] = ()  # those that stay as they are
+    renewed: tuple[str, ...] = ()  # of these: to be made new in supervisord all the same
+    removed: tuple[str, ...] = ()
+
+
+@contextlib.contextmanager
+def locked(deployment: Deployment) -> Iterator[None]:
+    """Nobody else changes the deployment meanwhile.
+
+    Raises:
+        TransientError: somebody does.
+    """
+    with store.exclusive(deployment.lock, "another change of this deployment", _LOCK_SECONDS):
+        yield
+
+
+def commit(
+    deployment: Deployment, step: Step, generation: Generation | None, *, tell: bool
+) -> None:
+    """Carry out a change, up to telling supervisord. For whoever holds the lock.
+
+    Without a `generation` the blocks say what they said before, on another port or rung. Not
+    `tell`: there is no supervisord; it will read the files.
+
+    Raises:
+        OSError: nothing has happened, or `complete` will do the rest.
+    """
+    known = generations.standings(deployment)
+    generations.keep(deployment, (*step.written, *step.standing))
+    if generation is not None:
+        stay = {name: one.digest for name, one in known.items() if name not in step.removed}
+        new = {block.name: block.digest for block in (*step.standing, *step.written)}
+        generation = replace(generation, blocks=stay | new)
+        generations.record(deployment, generation)
+    digests = {block.name: block.digest for block in (*step.standing, *step.written)}
+    untold = dict(step.registry.untold)
+    untold |= {name: digests.get(name, "") for name in step.renewed if name in digests}
+    untold |= {block.name: block.digest for block in step.written}
+    untold |= dict.fromkeys(step.removed, "")
+    after = replace(step.registry, untold=untold)
+    if not registry.is_same(registry.load(deployment.registry), after):
+        registry.save(deployment.registry, after)
+    _carry_out(deployment, after, generation)
+    _know_the_rest(deployment, step)
+    # All blocks stand: from now on only the newest text is ours, and a hand edit back to an older
+    # one is an edit like any other.
+    settled = registry.settled(after if tell else replace(after, untold={}))
+    if settled != after:
+        registry.save(deployment.registry, settled)
+    if generation is not None:
+        generations.prune(deployment, generations.standings(deployment))
+
+
+def complete(deployment: Deployment) -> None:
+    """Carry on where somebody was killed; for whoever holds the lock.
+
+    Raises:
+        OSError: it is still not done.
+    """
+    found = registry.load(deployment.registry)
+    if found.untold:
+        _carry_out(deployment, found, generations.load(deployment, found.generation))
+
+
+def _carry_out(deployment: Deployment, found: Registry, generation: Generation | None) -> None:
+    """Steps 3 and 4; what is done already is left alone."""
+    known = generations.standings(deployment)
+    after = known if generation is None else trials.taken_up(known, generation)
+    for name, digest in found.untold.items():
+        standing = after.get(name)
+        if digest and standing is not None and standing.digest != digest:
+            after = {**after, name: trials.rendered_anew(standing, digest)}
+    if after != known:
+        generations.save_standings(deployment, after)
+    failures = {} if generation is None else generation.failures
+    ours = found.digests()
+    for name, digest in found.untold.items():
+        mine = (*ours.get(name, ()), *_digests(known.get(name)), *_digests(after.get(name)))
+        there = _digest_there(deployment, name)
+        if there and there not in mine:
+            continue  # edited by hand since: that is looked at by itself
+        if digest and there != digest:
+            _write(deployment, name, digest, failures.get(name))
+        elif not digest:
+            deployment.block(name).unlink(missing_ok=True)
+
+
+def _digests(standing: Standing | None) -> tuple[str, ...]:
+    """Of all blocks of a model that we know."""
+    if standing is None:
+        return ()
+    some = (*standing.good, *standing.rejected)
+    return (standing.digest, *(one.digest for one in some))
+
+
+def _digest_there(deployment: Deployment, name: str) -> str:
+    path = deployment.block(name)
+    return digest_of(path.read_bytes()) if path.exists() else ""
+
+
+def _write(deployment: Deployment, name: str, digest: str, why: Failure | None) -> None:
+    """Put a kept block in place of what is there; that is left beside where it failed."""
+    path = deployment.block(name)
+    kept = generations.kept(deployment, digest)
+    if kept is None:
+        return
+    if why is not None and path.exists():
+        reject(deployment, name, path.read_text("utf-8", "replace"), why)
+    store.write_text(path, kept.text)
+
+
+def _know_the_rest(deployment: Deployment, step: Step) -> None:
+    """Blocks of which nothing is known yet, as after an upgrade."""
+    known = generations.standings(deployment)
+    new = {
+        block.name: Standing(block.digest, step.registry.generation)
+        for block in step.standing
+        if block.name not in known
+    }
+    if new:
+        generations.save_standings(deployment, known | new)
+
+
+def reject(deployment: Deployment, name: str, text: str, why: Failure) -> None:
+    """Leave a block that failed beside, with the reason on top.
+
+    Raises:
+        OSError: nothing was changed.
+    """
+    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(why.at))
+    head = (
+        f"; Rejected at {when}: {why.failure_class.value}\n"
+        f"; {printable(why.message)}\n"
+        "; The same content is not tried again. Mend it, copy it back as "
+        f"{name}.conf, then: supervisorctl update\n"
+    )
+    store.write_text(deployment.rejected(name), head + text)
+
+
+def keep_standings(deployment: Deployment, changed: Mapping[str, Standing]) -> None:
+    """Write what has become of some models' blocks; for whoever holds the lock.
+
+    Raises:
+        OSError: nothing was changed.
+    """
+    known = generations.standings(deployment)
+    after = known | dict(changed)
+    if after != known:
+        generations.save_standings(deployment, after)
+
+
+def kept_of(found: Registry, texts: Mapping[str, str], names: Iterable[str]) -> tuple[Kept, ...]:
+    """Blocks as they are to be kept, of the programs `names`; `texts` are discovery's own."""
+    programs = {program.name: program for program in found.programs}
+    return tuple(
+        Kept(name, texts[name], True, programs[name], found.entries[programs[name].key].choice)
+        for name in names
+        if name in programs and name in texts
+    )
+
+
+def digest_of(content: bytes) -> str:
+    """Names the content of a block on disk."""
+    return hashlib.sha256(content).hexdigest()

@@ -1,0 +1,281 @@
+"""Changes of single models in a deployment that is at work: for the listener, and for `rollback`.
+
+Each takes the lock for a moment and is whole or not at all (commit.py). None waits for a process:
+what runs is stopped by the listener first.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+
+from supervisor_synapse import commit as commits
+from supervisor_synapse import discovery
+from supervisor_synapse.adapters import generations, registry, store
+from supervisor_synapse.adapters.deployment import Deployment
+from supervisor_synapse.adapters.generations import Kept
+from supervisor_synapse.adapters.registry import Registry
+from supervisor_synapse.adapters.supervisord import Supervisord
+from supervisor_synapse.core import trials
+from supervisor_synapse.core.model import Failure, Program
+from supervisor_synapse.core.trials import Generation, Good, Standing
+from supervisor_synapse.discovery import Change
+from supervisor_synapse.errors import ConfigError, RollbackFailed, SynapseError, TransientError
+
+# What a block says of its program; the rest (why it is enabled, its tier …) is of today.
+_OF_THE_BLOCK = (
+    "host", "port", "alias", "context", "parallel", "device", "estimate", "size_bytes",
+    "quantization", "model_path", "projector_path", "shards", "arguments", "ladder", "rung",
+)  # fmt: skip
+
+
+def move_port(deployment: Deployment, name: str) -> None:
+    """Give one program, which does not run, another free port; all else stays as it was applied.
+
+    Raises:
+        ConfigError: its port is not ours to choose, or there is none left.
+        ApplyError, TransientError: it could not be carried out.
+    """
+    with commits.locked(deployment):
+        _render_anew(deployment, name, discovery.with_another_port(deployment, name))
+
+
+def set_rung(deployment: Deployment, name: str, rung: int) -> None:
+    """Serve one program, which does not run, as another rung of its ladder says.
+
+    Raises:
+        ConfigError: there is no such rung, or its block was edited by hand.
+        ApplyError, TransientError: it could not be carried out.
+    """
+    with commits.locked(deployment):
+        _render_anew(deployment, name, discovery.with_another_rung(deployment, name, rung))
+
+
+def _render_anew(deployment: Deployment, name: str, change: Change) -> None:
+    texts = {block.name: block.text for block in change.blocks.values()}
+    written = commits.kept_of(change.registry, texts, change.changes.changed)
+    commits.commit(
+        deployment, commits.Step(registry=change.registry, written=written), None, tell=True
+    )
+    _tell(deployment, Supervisord(deployment.socket), name)
+
+
+def renew(deployment: Deployment, name: str) -> bool:
+    """Have supervisord take up what has become of a program; False: it runs, and stays as it is.
+
+    Raises:
+        OSError, TransientError: it was not taken up, or not for certain.
+    """
+    with commits.locked(deployment):
+        commits.complete(deployment)
+        return _tell(deployment, Supervisord(deployment.socket), name)
+
+
+def _tell(deployment: Deployment, rpc: Supervisord, name: str) -> bool:
+    process = rpc.process(name)
+    if process is not None and process.pid:
+        return False
+    rpc.reread()
+    rpc.remove(name)
+    if deployment.block(name).exists():
+        rpc.add(name)
+    _forget_untold(deployment, (name,))
+    return True
+
+
+def told_of(deployment: Deployment, names: Sequence[str]) -> None:
+    """Supervisord holds of these programs what it shall hold.
+
+    Raises:
+        OSError, TransientError: it was not written down.
+    """
+    with commits.locked(deployment):
+        _forget_untold(deployment, names)
+
+
+def _forget_untold(deployment: Deployment, names: Sequence[str]) -> None:
+    found = registry.load(deployment.registry)
+    after = found
+    for name in names:
+        after = registry.told(after, name)
+    if after != found:
+        registry.save(deployment.registry, after)
+
+
+def bless(deployment: Deployment, name: str, digest: str) -> None:
+    """The block of a model has proved itself, unless it is another one by now.
+
+    Raises:
+        OSError, TransientError: it was not written down.
+    """
+    with commits.locked(deployment):
+        standing = generations.standings(deployment).get(name)
+        if standing is not None and standing.digest == digest:
+            commits.keep_standings(deployment, {name: trials.proven(standing)})
+
+
+def adopt(deployment: Deployment, names: Sequence[str]) -> None:
+    """Blocks that were edited by hand, and that supervisord has taken up, are a generation.
+
+    Raises:
+        OSError, TransientError: it was not written down.
+    """
+    with commits.locked(deployment):
+        earlier = registry.load(deployment.registry)
+        known = generations.standings(deployment)
+        programs = {program.name: program for program in earlier.programs}
+        texts = {}
+        for name in names:
+            path = deployment.block(name)
+            if name in programs and path.is_file():
+                texts[name] = path.read_text(encoding="utf-8")
+        digests = {name: generations.digest(text) for name, text in texts.items()}
+        changed = tuple(
+            name for name, now in digests.items() if known.get(name, Standing()).digest != now
+        )
+        if not changed:
+            return
+        edited = discovery.as_edited(deployment, earlier, {name: texts[name] for name in changed})
+        after = _with_programs(earlier, edited)
+        is_ours = {name: digests[name] in earlier.digests().get(name, ()) for name in changed}
+        after = replace(after, generation=earlier.generation + 1)
+        written = tuple(
+            _kept(after, name, texts[name], is_ours=is_ours[name]) for name in changed
+        )
+        generation = Generation(
+            after.generation, time.time(), trials.UPDATE, _why_adopted(is_ours), {},
+            changed=changed,
+        )  # fmt: skip
+        # Supervisord holds it already.
+        step = commits.Step(registry=after, standing=written)
+        commits.commit(deployment, step, generation, tell=True)
+
+
+def _why_adopted(is_ours: Mapping[str, bool]) -> str:
+    by_hand = [name for name, ours in is_ours.items() if not ours]
+    return "edited by hand" if by_hand else "found as it stands"
+
+
+def roll_back(
+    deployment: Deployment,
+    name: str,
+    *,
+    to: int = 0,
+    left: str = "",
+    failure: Failure | None = None,
+) -> str:
+    """Put a former good block in place of the applied one; what was done, in words.
+
+    `to`: a generation, 0: the last good one. `left`: only while this block (its digest) is the
+    applied one. `failure`: why; then that block is left beside, and not tried again.
+
+    Raises:
+        RollbackFailed: there is nothing good to go back to, or it is not kept.
+        ConfigError: there is no such model or generation; or the block was edited since.
+        OSError, TransientError: it was not carried out.
+    """
+    with commits.locked(deployment):
+        commits.complete(deployment)
+        earlier = registry.load(deployment.registry)
+        known = generations.standings(deployment)
+        standing = known.get(name)
+        current = next((one for one in earlier.programs if one.name == name), None)
+        if standing is None or current is None:
+            raise ConfigError(f"{name}: there is no such model")
+        if left and standing.digest != left:
+            return f"{name}: has another block by now"
+        kept = _to_go_back_to(deployment, name, standing, to)
+        _require_as_applied(deployment, name, standing, kept)
+        number = earlier.generation + 1
+        after = _gone_back(earlier, current, kept, number)
+        why = "by command" if failure is None else f"{failure.failure_class.value}: {failure.message}"
+        generation = Generation(
+            number, time.time(), trials.ROLLBACK, why, {}, changed=(name,),
+            failures={} if failure is None else {name: failure},
+        )  # fmt: skip
+        tell = Supervisord(deployment.socket).is_up()
+        step = commits.Step(registry=after, written=(kept,))
+        commits.commit(deployment, step, generation, tell=tell)
+        return f"{name}: goes back, as generation {number}"
+
+
+def _to_go_back_to(deployment: Deployment, name: str, standing: Standing, to: int) -> Kept:
+    good = _good_in(deployment, name, standing, to) if to else standing.former
+    if good is None:
+        raise RollbackFailed(
+            f"{name}: there is no former block that was good; mend it, then `synapse discover`"
+        )
+    kept = generations.kept(deployment, good.digest)
+    if kept is None:
+        raise RollbackFailed(f"{name}: its block of generation {good.generation} is lost")
+    return kept
+
+
+def _good_in(deployment: Deployment, name: str, standing: Standing, to: int) -> Good:
+    generation = generations.load(deployment, to)
+    digest = "" if generation is None else generation.blocks.get(name, "")
+    if not digest:
+        raise ConfigError(
+            f"{name}: generation {to} is not kept, or has no such model; "
+            f"`synapse generations {name}` lists them"
+        )
+    good = next((one for one in standing.good if one.digest == digest), None)
+    if good is None:
+        raise RollbackFailed(f"{name}: its block of generation {to} was never good")
+    if digest == standing.digest:
+        raise ConfigError(f"{name}: its block is that of generation {to} already")
+    return good
+
+
+def _require_as_applied(
+    deployment: Deployment, name: str, standing: Standing, kept: Kept
+) -> None:
+    """What somebody is editing just now is not overwritten."""
+    path = deployment.block(name)
+    there = commits.digest_of(path.read_bytes()) if path.exists() else ""
+    if there not in ("", standing.digest, kept.digest):
+        raise ConfigError(
+            f"{name}: {path} was edited since it was applied: supervisorctl update takes it up"
+        )
+
+
+def _gone_back(earlier: Registry, current: Program, kept: Kept, number: int) -> Registry:
+    """The registry with what it held of a program when the block was applied."""
+    said = {field: getattr(kept.program, field) for field in _OF_THE_BLOCK}
+    program = replace(current, **said)
+    entry = earlier.entries[current.key]
+    digests = (kept.digest,) if kept.is_ours else entry.digests
+    entry = replace(entry, choice=kept.choice, digests=digests)
+    after = _with_programs(earlier, {current.name: program})
+    entries = {**earlier.entries, current.key: entry}
+    return replace(after, entries=entries, generation=number)
+
+
+def _with_programs(earlier: Registry, changed: Mapping[str, Program]) -> Registry:
+    programs = tuple(changed.get(one.name, one) for one in earlier.programs)
+    return replace(earlier, programs=programs)
+
+
+def _kept(found: Registry, name: str, text: str, *, is_ours: bool) -> Kept:
+    program = next(one for one in found.programs if one.name == name)
+    return Kept(name, text, is_ours, program, found.entries[program.key].choice)
+
+
+def set_aside(deployment: Deployment, name: str, failure: Failure) -> str:
+    """Put the applied block in place of one that supervisord cannot read, which is left beside.
+
+    Raises:
+        RollbackFailed: the applied one is not kept.
+        OSError, TransientError: it was not carried out.
+    """
+    with commits.locked(deployment):
+        standing = generations.standings(deployment).get(name)
+        kept = None if standing is None else generations.kept(deployment, standing.digest)
+        if kept is None:
+            raise RollbackFailed(f"{name}: there is no former block to put in its place")
+        path = deployment.block(name)
+        content = path.read_bytes()
+        commits.reject(deployment, name, content.decode("utf-8", "replace"), failure)
+        store.write_text(path, kept.text)
+        return f"{name}: {path.name} set aside: {failure.message}"
