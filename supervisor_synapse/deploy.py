@@ -13,12 +13,13 @@ from pathlib import Path
 
 from supervisor_synapse import discovery, render
 from supervisor_synapse.adapters import (
-    deployment as deployments,
-)
-from supervisor_synapse.adapters import (
+    config_files,
     registry,
     store,
     supervisord,
+)
+from supervisor_synapse.adapters import (
+    deployment as deployments,
 )
 from supervisor_synapse.adapters.deployment import Deployment
 from supervisor_synapse.adapters.registry import Registry
@@ -124,7 +125,7 @@ def _parse_back(deployment: Deployment, found: Change, written: list[render.Bloc
         for block in written:
             (candidates / f"{block.name}.conf").write_text(block.text, encoding="utf-8")
         try:
-            supervisord.parse_back(deployment.main_config, candidates, written)
+            config_files.parse_back(deployment.main_config, candidates, written)
         except ConfigError as error:
             raise ConfigError(_blamed(deployment, written) or str(error)) from None
 
@@ -138,7 +139,7 @@ def _blamed(deployment: Deployment, written: Iterable[render.Block]) -> str | No
         with tempfile.TemporaryDirectory(prefix="alone.", dir=deployment.run) as folder:
             (Path(folder) / f"{block.name}.conf").write_text(block.text, encoding="utf-8")
             try:
-                supervisord.parse_back(deployment.main_config, Path(folder), [block])
+                config_files.parse_back(deployment.main_config, Path(folder), [block])
             except ConfigError as error:
                 return (
                     f"the block of {block.name} cannot be used: {error}; nothing was changed; "
