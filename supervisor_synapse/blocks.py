@@ -179,9 +179,7 @@ class Blocks:
 
     # --- what supervisord is still to be told -----------------------------------------------------
 
-    def _look_at_untold(
-        self, found: Registry, table: Mapping[str, Process]
-    ) -> frozenset[str]:
+    def _look_at_untold(self, found: Registry, table: Mapping[str, Process]) -> frozenset[str]:
         if not found.untold:
             return frozenset()
         reread = self._read_again(found.untold)
@@ -192,11 +190,13 @@ class Blocks:
             name
             for name in found.untold
             if name not in reread.changed | reread.added | reread.removed
-            and (name in ours or name not in table)
-            and (name not in table or table[name].pid)
+            and (table[name].pid if name in table else name not in ours)
         ]
         if told:
             self._do("told", partial(self._deployer.forget_untold, told))
+        new = [name for name in found.untold if name in ours and name not in table]
+        if new and self._may_try(f"add {new}"):
+            self._do("added", partial(self._deployer.renew, new))
         for name in found.untold:
             if name not in ours and name in table and name not in told:
                 self._dismiss(name, table[name])
@@ -221,7 +221,7 @@ class Blocks:
             if process.state is not ProcessState.STOPPING and self._may_try(f"stop {name}"):
                 self._rpc.stop(name)
         elif self._may_try(f"remove {name}"):
-            self._do("removed", partial(self._deployer.renew, name))
+            self._do("removed", partial(self._deployer.renew, (name,)))
 
     # --- trying and telling -----------------------------------------------------------------------
 
@@ -246,5 +246,3 @@ class Blocks:
         if now - self._tried_at.get(key, -_REPEAT_SECONDS) >= _REPEAT_SECONDS:
             self._tried_at[key] = now
             _log.warning(what, extra={"about": about, "reason": reason})
-
-

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from supervisor_synapse.adapters.supervisord import Supervisord
     from supervisor_synapse.core.model import Failure, Problem, Program, Row
     from supervisor_synapse.core.settings import Settings
-    from supervisor_synapse.effects import Deployer
     from supervisor_synapse.discovery import Discovery
+    from supervisor_synapse.effects import Deployer
     from supervisor_synapse.lifecycle import Interrupts
 
 
@@ -282,6 +282,7 @@ def _stop_everything(deployment: Deployment, settings: Settings, interrupts: Int
 def _listen(deployment: Deployment, _: argparse.Namespace) -> int:
     from supervisor_synapse import control
     from supervisor_synapse.adapters import processes
+
     try:
         deployments.require_laid_down(deployment)
     except ConfigError:
@@ -307,10 +308,13 @@ def _deployer(deployment: Deployment) -> Deployer:
     def roll_back(name: str, left: str, failure: Failure) -> str:
         return str(revising("roll_back")(name, left=left, failure=failure))
 
+    def roll_back_to(name: str, to: int, command: str) -> str:
+        return str(revising("roll_back")(name, to=to, command=command))
+
     return Deployer(
         move_port=revising("move_port"), set_rung=revising("set_rung"), renew=revising("renew"),
-        bless=revising("bless"), roll_back=roll_back, adopt=revising("adopt"),
-        forget_untold=revising("told_of"), set_aside=revising("set_aside"),
+        bless=revising("bless"), roll_back=roll_back, roll_back_to=roll_back_to,
+        adopt=revising("adopt"), forget_untold=revising("told_of"), set_aside=revising("set_aside"),
     )  # fmt: skip
 
 

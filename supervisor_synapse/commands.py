@@ -43,11 +43,21 @@ class Answer:
 
 
 class Commands:
-    """Intents and swaps of one deployment; `fits` says whether a program finds memory now."""
+    """Intents and swaps of one deployment; `fits` says whether a program finds memory now.
 
-    def __init__(self, deployment: Deployment, fits: Callable[[Program], bool]) -> None:
+    `roll_back_to`: carries a rollback out (a model, a generation or 0, the command), and says what
+    was done; the same command twice is one rollback.
+    """
+
+    def __init__(
+        self,
+        deployment: Deployment,
+        fits: Callable[[Program], bool],
+        roll_back_to: Callable[[str, int, str], str],
+    ) -> None:
         self._deployment = deployment
         self._fits = fits
+        self._roll_back_to = roll_back_to
         self._intent: Mapping[str, bool] = store.load_state(deployment.intent, intent.load)
         self._swaps = store.load_state(deployment.journal, journal.load)
         self._waiting: dict[str, frozenset[str]] = {}  # the models of commands that wait, by id
@@ -107,7 +117,8 @@ class Commands:
     ) -> tuple[States, Answer | None]:
         if request.id in self._ended:
             return states, self._ended[request.id]
-        names = [name for name in (request.model, request.other) if name]
+        others = () if request.verb == "rollback" else (request.other,)
+        names = [name for name in (request.model, *others) if name]
         if self._must_wait(request.id, names):
             return states, None
         unknown = next((name for name in names if name not in programs), None)
@@ -151,9 +162,18 @@ class Commands:
                     return states, Answer(request.id, False, f"{name}: does not run")
                 states = _with(states, name, drain=True, resume=False)
                 return states, Answer(request.id, True, f"{name}: stops when it is idle")
+            case "rollback":
+                return states, self._roll_back(request)
             case "swap":
                 return self._begin_swap(request, states, programs)
         return states, Answer(request.id, False, f"this listener knows no command {request.verb}")
+
+    def _roll_back(self, request: Request) -> Answer:
+        to = int(request.other) if request.other.isascii() and request.other.isdigit() else 0
+        try:
+            return Answer(request.id, True, self._roll_back_to(request.model, to, request.id))
+        except SynapseError as error:
+            return Answer(request.id, False, str(error))
 
     def _begin_swap(
         self, request: Request, states: States, programs: Programs

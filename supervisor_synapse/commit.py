@@ -40,6 +40,7 @@ class Step:
     standing: tuple[Kept, ...] = ()  # those that stay as they are
     renewed: tuple[str, ...] = ()  # of these: to be made new in supervisord all the same
     removed: tuple[str, ...] = ()
+    forced: frozenset[str] = frozenset()  # digests of edited blocks that are overwritten
 
 
 @contextlib.contextmanager
@@ -79,7 +80,7 @@ def commit(
     after = replace(step.registry, untold=untold)
     if not registry.is_same(registry.load(deployment.registry), after):
         registry.save(deployment.registry, after)
-    _carry_out(deployment, after, generation)
+    _carry_out(deployment, after, generation, step.forced)
     _know_the_rest(deployment, step)
     # All blocks stand: from now on only the newest text is ours, and a hand edit back to an older
     # one is an edit like any other.
@@ -101,7 +102,12 @@ def complete(deployment: Deployment) -> None:
         _carry_out(deployment, found, generations.load(deployment, found.generation))
 
 
-def _carry_out(deployment: Deployment, found: Registry, generation: Generation | None) -> None:
+def _carry_out(
+    deployment: Deployment,
+    found: Registry,
+    generation: Generation | None,
+    forced: frozenset[str] = frozenset(),
+) -> None:
     """Steps 3 and 4; what is done already is left alone."""
     known = generations.standings(deployment)
     after = known if generation is None else trials.taken_up(known, generation)
@@ -116,7 +122,7 @@ def _carry_out(deployment: Deployment, found: Registry, generation: Generation |
     for name, digest in found.untold.items():
         mine = (*ours.get(name, ()), *_digests(known.get(name)), *_digests(after.get(name)))
         there = _digest_there(deployment, name)
-        if there and there not in mine:
+        if there and there not in mine and there not in forced:
             continue  # edited by hand since: that is looked at by itself
         if digest and there != digest:
             _write(deployment, name, digest, failures.get(name))
@@ -128,8 +134,9 @@ def _digests(standing: Standing | None) -> tuple[str, ...]:
     """Of all blocks of a model that we know."""
     if standing is None:
         return ()
-    some = (*standing.good, *standing.rejected)
-    return (standing.digest, *(one.digest for one in some))
+    good = (one.digest for one in standing.good)
+    rejected = (one.digest for one in standing.rejected)
+    return (standing.digest, *good, *rejected)
 
 
 def _digest_there(deployment: Deployment, name: str) -> str:

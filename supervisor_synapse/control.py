@@ -26,11 +26,20 @@ from supervisor_synapse.adapters import history, processes, registry, states, st
 from supervisor_synapse.adapters.deployment import Deployment
 from supervisor_synapse.adapters.events import Connection, Event
 from supervisor_synapse.adapters.registry import Registry
-from supervisor_synapse.adapters.supervisord import Supervisord
+from supervisor_synapse.adapters.supervisord import Process, Supervisord
+from supervisor_synapse.blocks import Blocks, Sight
 from supervisor_synapse.commands import Answer, Commands
 from supervisor_synapse.core.admission import Ledger
 from supervisor_synapse.core.decide import decide
-from supervisor_synapse.core.model import UNDER_WAY, Estimate, Phase, Program, Row, Snapshot
+from supervisor_synapse.core.model import (
+    UNDER_WAY,
+    Estimate,
+    Failure,
+    Phase,
+    Program,
+    Row,
+    Snapshot,
+)
 from supervisor_synapse.core.state import (
     Action,
     Decision,
@@ -41,6 +50,7 @@ from supervisor_synapse.core.state import (
     Stop,
     Transition,
 )
+from supervisor_synapse.core.trials import Standing, Standings
 from supervisor_synapse.errors import ShuttingDown, TransientError
 from supervisor_synapse.memory import Memory, Run
 from supervisor_synapse.observe import Observer, Watched, planned, slots_busy
@@ -99,7 +109,9 @@ class Listener:
         self._saved: Mapping[str, ModelState] = self._states
         self._saving: asyncio.Task[None] | None = None
         self._telling: set[asyncio.Task[None]] = set()  # lines on their way into the history
-        self._commands = Commands(deployment, self._fits)
+        self._blocks = Blocks(deployment, self._rpc, deployer)
+        self._blocks_seen = Sight()
+        self._commands = Commands(deployment, self._fits, deployer.roll_back_to)
         self._states = self._commands.take_up(self._states)
         self._published: tuple[float, tuple[Row, ...] | None] = (0.0, None)
         self._has_requests = True  # perhaps, from before
@@ -181,7 +193,7 @@ class Listener:
         settings = self._world.registry.settings
         return Policy(
             settings.max_parallel, settings.restart, settings.memory_reserve, settings.when_full,
-            settings.climb_after_seconds, settings.overcommit_sleepers,
+            settings.climb_after_seconds, settings.overcommit_sleepers, settings.trial_seconds,
         )  # fmt: skip
 
     def _read_registry(self) -> None:
@@ -214,8 +226,46 @@ class Listener:
         devices = self._world.registry.devices
         seen = await self._observer.look(programs, found, wanted, self._states, policy, devices)
         await self._look_at_memory(programs)
+        await self._look_at_blocks(found)
         by_name = {program.name: program for program in programs}
-        return [self._with_claim(one, by_name[one.name]) for one in seen]
+        return [self._with_claim(self._with_block(one), by_name[one.name]) for one in seen]
+
+    async def _look_at_blocks(self, found: Mapping[str, Process]) -> None:
+        before = self._blocks_seen.standings
+        look = partial(self._blocks.look, self._world.registry, found)
+        self._blocks_seen = await self._call(look)
+        self._read_registry()
+        if before:
+            self._tell_refusals(before)
+
+    def _tell_refusals(self, before: Standings) -> None:
+        """A block that was refused before it was tried is no transition, and said all the same."""
+        at = time.time()
+        lines = []
+        for name, standing in self._blocks_seen.standings.items():
+            refused = standing.refused
+            earlier = before.get(name)
+            is_new = earlier is None or earlier.refused != refused
+            if refused is None or refused.was_tried or refused.failure is None or not is_new:
+                continue
+            phase = self._states[name].phase.value if name in self._states else "disabled"
+            kind = refused.failure.failure_class.value
+            lines.append(
+                history.Line(
+                    at=at, model=name, before=phase, after=phase,
+                    reason="a changed block was refused, and the former one stays",
+                    failure_class=kind, evidence=refused.failure.message,
+                )
+            )  # fmt: skip
+        self._tell(lines)
+
+    def _with_block(self, seen: Seen) -> Seen:
+        name, sight = seen.name, self._blocks_seen
+        standing = sight.standings.get(name)
+        return replace(
+            seen, digest=standing.digest if standing else "", trial=sight.trials.get(name),
+            is_untold=name in sight.untold, is_outdated=name in sight.outdated,
+        )  # fmt: skip
 
     async def _look_at_memory(self, programs: Iterable[Program]) -> None:
         runs = {}
@@ -323,7 +373,9 @@ class Listener:
     def _record(self, transitions: Iterable[Transition]) -> None:
         """History and log: one line for each transition."""
         at = time.time()
-        lines = [_line(change, at) for change in transitions]
+        self._tell([_line(change, at) for change in transitions])
+
+    def _tell(self, lines: list[history.Line]) -> None:
         for line in lines:
             _log.info("transition", extra=_words(line))
         if lines:
@@ -360,13 +412,14 @@ class Listener:
 
     def _rows(self, seen: Iterable[Seen]) -> tuple[Row, ...]:
         programs = {program.name: program for program in self._world.registry.programs}
-        generation = self._world.registry.generation
+        standings = self._blocks_seen.standings
         now = time.monotonic()
         return tuple(
             _row(
                 programs[one.name], one, self._states[one.name], self._observer.watched(one.name),
                 self._memory.estimate(programs[one.name]),
-                self._memory.measured(programs[one.name], one.incarnation), generation, now,
+                self._memory.measured(programs[one.name], one.incarnation),
+                standings.get(one.name, Standing()), now,
             )
             for one in seen
         )  # fmt: skip
@@ -423,14 +476,15 @@ def _row(
     watched: Watched | None,
     estimate: Estimate,
     measured_bytes: int | None,
-    generation: int,
+    standing: Standing,
     now: float,
 ) -> Row:
     served = watched.served if watched else planned(program)
     retry_at = state.retries.retry_at if state.phase in (Phase.BACKOFF, Phase.FAILED) else None
     return Row(
         name=program.name, repo=program.repo, file=program.file, tier=program.tier,
-        role=program.role, enabled=seen.enabled, phase=state.phase, reason=state.reason,
+        role=program.role, enabled=seen.enabled, phase=state.phase,
+        reason=_with_refusal(state.reason, standing),
         state=seen.state, pid=seen.incarnation.pid if seen.incarnation else 0, port=served.port,
         url=served.url, alias=served.alias, context=served.context, parallel=served.parallel,
         device=program.device, estimated_bytes=estimate.total_bytes,
@@ -438,9 +492,27 @@ def _row(
         measured_bytes=measured_bytes or (watched.memory_bytes if watched else None),
         slots_busy=slots_busy(watched) if watched else None, slots_total=served.parallel,
         restarts=state.restarts, ready_seconds=state.ready_seconds if seen.incarnation else None,
-        generation=generation, trial=False, last_failure=state.last_failure,
+        generation=standing.generation, trial=standing.on_trial,
+        last_failure=_last_failure(state, standing),
         next_retry_seconds=None if retry_at is None else round(max(retry_at - now, 0.0)),
     )  # fmt: skip
+
+
+def _with_refusal(reason: str, standing: Standing) -> str:
+    """What a model's changed block was taken back for stands beside what it does now."""
+    refused = standing.refused
+    if refused is None:
+        return reason
+    if refused.failure is None:
+        return f"{reason}; went back to generation {standing.good[-1].generation} by command"
+    kind, message = refused.failure.failure_class.value, refused.failure.message
+    return f"{reason}; a changed block was rejected: {kind}: {message}"
+
+
+def _last_failure(state: ModelState, standing: Standing) -> Failure | None:
+    refused = standing.refused.failure if standing.refused is not None else None
+    known = [one for one in (state.last_failure, refused) if one is not None]
+    return max(known, key=lambda one: one.at, default=None)
 
 
 class _KeyValueFormatter(logging.Formatter):

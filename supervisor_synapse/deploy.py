@@ -13,13 +13,14 @@ from pathlib import Path
 from supervisor_synapse import commit as commits
 from supervisor_synapse import render
 from supervisor_synapse.adapters import (
-    deployment as deployments,
-)
-from supervisor_synapse.adapters import (
+    config_files,
     generations,
     registry,
     store,
     supervisord,
+)
+from supervisor_synapse.adapters import (
+    deployment as deployments,
 )
 from supervisor_synapse.adapters.deployment import Deployment
 from supervisor_synapse.adapters.generations import digest
@@ -101,12 +102,13 @@ def _write(
     _make_links(deployment, found.links)
     was_up = _that_run(rpc)
     _refuse(deployment, found)
+    forced = _keep_theirs(deployment, found, report)
     texts = {name: block.text for name, block in found.blocks.items()}
     step = commits.Step(
         registry=found.registry, removed=changes.removed,
         written=commits.kept_of(found.registry, texts, (*changes.added, *changes.changed)),
         standing=commits.kept_of(found.registry, texts, changes.unchanged),
-        renewed=tuple(found.switched_on) if rpc is not None else (),
+        renewed=tuple(found.switched_on) if rpc is not None else (), forced=forced,
     )  # fmt: skip
     generation = None
     if changes:
@@ -118,6 +120,22 @@ def _write(
     _leave_beside(deployment, found, before, report)
     _drop_old_links(deployment, found.links)
     return was_up
+
+
+def _keep_theirs(deployment: Deployment, found: Change, report: Report) -> frozenset[str]:
+    """Edited blocks that are overwritten by force are left beside; their digests."""
+    ours = found.earlier.digests()
+    forced = set()
+    for name in found.changes.changed:
+        path = deployment.block(name)
+        content = path.read_bytes()
+        edited = commits.digest_of(content)
+        if edited not in ours.get(name, ()):
+            forced.add(edited)
+            beside = path.with_name(f"{path.name}.old")
+            store.write_text(beside, content.decode("utf-8", "replace"))
+            report(f"{name}: what was edited by hand is kept in {beside}")
+    return frozenset(forced)
 
 
 def _why(found: Change) -> str:
@@ -145,9 +163,7 @@ def _refuse(deployment: Deployment, found: Change) -> None:
     after = {}
     for name, (block, failure) in found.refused.items():
         standing = known.get(name, Standing())
-        rejection = Rejected(
-            digest(block.text), found.earlier.generation, failure, was_tried=False
-        )
+        rejection = Rejected(digest(block.text), found.earlier.generation, failure, was_tried=False)
         if standing.rejection(rejection.digest) is None:
             after[name] = trials.rejected(standing, rejection)
             commits.reject(deployment, name, block.text, failure)
@@ -167,9 +183,9 @@ def _await_taken_up(
         ApplyError: there is no listener that does.
     """
     changes = found.changes
-    words = {name: "added" for name in changes.added}
-    words |= {name: "changed" for name in changes.changed}
-    words |= {name: "removed" for name in changes.removed}
+    words = dict.fromkeys(changes.added, "added")
+    words |= dict.fromkeys(changes.changed, "changed")
+    words |= dict.fromkeys(changes.removed, "removed")
     waiting = {*registry.load(deployment.registry).untold}
     settling = {*changes.changed} & was_up
     moved_at, stamp, told_at = time.monotonic(), None, time.time()
@@ -253,7 +269,7 @@ def _parse_back(deployment: Deployment, found: Change, written: list[render.Bloc
         for block in written:
             (candidates / f"{block.name}.conf").write_text(block.text, encoding="utf-8")
         try:
-            supervisord.parse_back(deployment.main_config, candidates, written)
+            config_files.parse_back(deployment.main_config, candidates, written)
         except ConfigError as error:
             raise ConfigError(_blamed(deployment, written) or str(error)) from None
 
@@ -267,7 +283,7 @@ def _blamed(deployment: Deployment, written: Iterable[render.Block]) -> str | No
         with tempfile.TemporaryDirectory(prefix="alone.", dir=deployment.run) as folder:
             (Path(folder) / f"{block.name}.conf").write_text(block.text, encoding="utf-8")
             try:
-                supervisord.parse_back(deployment.main_config, Path(folder), [block])
+                config_files.parse_back(deployment.main_config, Path(folder), [block])
             except ConfigError as error:
                 return (
                     f"the block of {block.name} cannot be used: {error}; nothing was changed; "

@@ -18,12 +18,12 @@ from pathlib import Path
 
 from supervisor_synapse import figures, render
 from supervisor_synapse.adapters import (
+    config_files,
     demo_model,
     generations,
     hfcache,
     intent,
     registry,
-    supervisord,
 )
 from supervisor_synapse.adapters import (
     deployment as deployments,
@@ -399,7 +399,7 @@ def _render(
             continue
         try:
             if digest(block.text) not in checked.get(block.name, ()):
-                supervisord.check_block(block, render.BLOCK_KEYS)
+                config_files.check_block(block, render.BLOCK_KEYS)
         except ConfigError as error:
             why = printable(str(error), _LONGEST_REASON)
             refused[block.name] = Problem(block.name, why, "mend etc/templates/program.conf.j2")

@@ -30,9 +30,10 @@ class Deployer:
 
     move_port: Callable[[str], None]
     set_rung: Callable[[str, int], None]
-    renew: Callable[[str], bool]
+    renew: Callable[[Sequence[str]], None]  # several at once
     bless: Callable[[str, str], None]
     roll_back: Callable[[str, str, Failure], str]  # of which block, and why
+    roll_back_to: Callable[[str, int, str], str]  # which generation, and by which command
     adopt: Callable[[Sequence[str]], None]
     forget_untold: Callable[[Sequence[str]], None]
     set_aside: Callable[[str, Failure], str]
@@ -68,7 +69,7 @@ class Effects:
                 case SetRung():
                     return _told(partial(self._deployer.set_rung, action.name, action.rung))
                 case Renew():
-                    return _told(partial(self._deployer.renew, action.name))
+                    return _told(partial(self._deployer.renew, (action.name,)))
                 case Bless():
                     return _told(partial(self._deployer.bless, action.name, action.digest))
                 case RollBack():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 
 from supervisor_synapse import commit as commits
 from supervisor_synapse import discovery
@@ -21,7 +21,7 @@ from supervisor_synapse.core import trials
 from supervisor_synapse.core.model import Failure, Program
 from supervisor_synapse.core.trials import Generation, Good, Standing
 from supervisor_synapse.discovery import Change
-from supervisor_synapse.errors import ConfigError, RollbackFailed, SynapseError, TransientError
+from supervisor_synapse.errors import ConfigError, RollbackFailed
 
 # What a block says of its program; the rest (why it is enabled, its tier …) is of today.
 _OF_THE_BLOCK = (
@@ -58,30 +58,33 @@ def _render_anew(deployment: Deployment, name: str, change: Change) -> None:
     commits.commit(
         deployment, commits.Step(registry=change.registry, written=written), None, tell=True
     )
-    _tell(deployment, Supervisord(deployment.socket), name)
+    _tell(deployment, Supervisord(deployment.socket), (name,))
 
 
-def renew(deployment: Deployment, name: str) -> bool:
-    """Have supervisord take up what has become of a program; False: it runs, and stays as it is.
+def renew(deployment: Deployment, names: Sequence[str]) -> None:
+    """Have supervisord take up what has become of programs; one that runs stays as it is.
 
     Raises:
         OSError, TransientError: it was not taken up, or not for certain.
     """
     with commits.locked(deployment):
         commits.complete(deployment)
-        return _tell(deployment, Supervisord(deployment.socket), name)
+        _tell(deployment, Supervisord(deployment.socket), names)
 
 
-def _tell(deployment: Deployment, rpc: Supervisord, name: str) -> bool:
-    process = rpc.process(name)
-    if process is not None and process.pid:
-        return False
+def _tell(deployment: Deployment, rpc: Supervisord, names: Sequence[str]) -> None:
     rpc.reread()
-    rpc.remove(name)
-    if deployment.block(name).exists():
-        rpc.add(name)
-    _forget_untold(deployment, (name,))
-    return True
+    told = []
+    for name in names:
+        process = rpc.process(name)
+        if process is not None and process.pid:
+            continue
+        if process is not None:
+            rpc.remove(name)
+        if deployment.block(name).exists():
+            rpc.add(name)
+        told.append(name)
+    _forget_untold(deployment, told)
 
 
 def told_of(deployment: Deployment, names: Sequence[str]) -> None:
@@ -140,9 +143,7 @@ def adopt(deployment: Deployment, names: Sequence[str]) -> None:
         after = _with_programs(earlier, edited)
         is_ours = {name: digests[name] in earlier.digests().get(name, ()) for name in changed}
         after = replace(after, generation=earlier.generation + 1)
-        written = tuple(
-            _kept(after, name, texts[name], is_ours=is_ours[name]) for name in changed
-        )
+        written = tuple(_kept(after, name, texts[name], is_ours=is_ours[name]) for name in changed)
         generation = Generation(
             after.generation, time.time(), trials.UPDATE, _why_adopted(is_ours), {},
             changed=changed,
@@ -164,11 +165,13 @@ def roll_back(
     to: int = 0,
     left: str = "",
     failure: Failure | None = None,
+    command: str = "",
 ) -> str:
     """Put a former good block in place of the applied one; what was done, in words.
 
     `to`: a generation, 0: the last good one. `left`: only while this block (its digest) is the
-    applied one. `failure`: why; then that block is left beside, and not tried again.
+    applied one. `failure`: why; then that block is left beside, and not tried again. `command`: its
+    id; carried out before, nothing is done.
 
     Raises:
         RollbackFailed: there is nothing good to go back to, or it is not kept.
@@ -185,19 +188,29 @@ def roll_back(
             raise ConfigError(f"{name}: there is no such model")
         if left and standing.digest != left:
             return f"{name}: has another block by now"
+        newest = generations.load(deployment, earlier.generation)
+        if command and newest is not None and newest.command == command:
+            return _said(name, newest)
         kept = _to_go_back_to(deployment, name, standing, to)
         _require_as_applied(deployment, name, standing, kept)
         number = earlier.generation + 1
         after = _gone_back(earlier, current, kept, number)
-        why = "by command" if failure is None else f"{failure.failure_class.value}: {failure.message}"
+        why, failures = "by command", {}
+        if failure is not None:
+            why = f"{failure.failure_class.value}: {failure.message}"
+            failures = {name: failure}
         generation = Generation(
-            number, time.time(), trials.ROLLBACK, why, {}, changed=(name,),
-            failures={} if failure is None else {name: failure},
+            number, time.time(), trials.ROLLBACK, why, {}, changed=(name,), failures=failures,
+            command=command,
         )  # fmt: skip
         tell = Supervisord(deployment.socket).is_up()
         step = commits.Step(registry=after, written=(kept,))
         commits.commit(deployment, step, generation, tell=tell)
-        return f"{name}: goes back, as generation {number}"
+        return _said(name, generation)
+
+
+def _said(name: str, generation: Generation) -> str:
+    return f"{name}: has its former block again, as generation {generation.number}"
 
 
 def _to_go_back_to(deployment: Deployment, name: str, standing: Standing, to: int) -> Kept:
@@ -228,9 +241,7 @@ def _good_in(deployment: Deployment, name: str, standing: Standing, to: int) -> 
     return good
 
 
-def _require_as_applied(
-    deployment: Deployment, name: str, standing: Standing, kept: Kept
-) -> None:
+def _require_as_applied(deployment: Deployment, name: str, standing: Standing, kept: Kept) -> None:
     """What somebody is editing just now is not overwritten."""
     path = deployment.block(name)
     there = commits.digest_of(path.read_bytes()) if path.exists() else ""

@@ -2,7 +2,7 @@
 
     generations/000012.json       one set of blocks: when, why, by whom, and their digests
     generations/blocks/SHA.json   one block, and what the registry held of its model then
-    trials.json                   by model: the applied block, those that were good, those that failed
+    trials.json                   by model: the applied block, the good ones, those that failed
 
 Blocks are named by their content, so what did not change is not written again. All is written
 under the lock of the deployment (deploy.py); readers need none.

@@ -117,7 +117,9 @@ def set_aside(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def exclusive(path: Path, whose: str = "another discovery", wait_seconds: float = 0) -> Iterator[None]:
+def exclusive(
+    path: Path, whose: str = "another discovery", wait_seconds: float = 0
+) -> Iterator[None]:
     """Hold the lock file `path` for the block; it is freed by the kernel if we die.
 
     Raises:
@@ -128,9 +130,7 @@ def exclusive(path: Path, whose: str = "another discovery", wait_seconds: float 
     try:
         while not _lock(descriptor):
             if time.monotonic() >= deadline:
-                raise TransientError(
-                    f"cannot lock {path}: {whose} is running; wait for it to end"
-                )
+                raise TransientError(f"cannot lock {path}: {whose} is running; wait for it to end")
             time.sleep(_LOCK_POLL_SECONDS)
         yield
     finally:

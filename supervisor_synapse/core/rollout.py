@@ -105,9 +105,7 @@ def _noted(one: Seen, state: ModelState, now: Now) -> ModelState:
     return state
 
 
-def _bless(
-    one: Seen, after: dict[str, ModelState], now: Now, policy: Policy
-) -> Iterable[Action]:
+def _bless(one: Seen, after: dict[str, ModelState], now: Now, policy: Policy) -> Iterable[Action]:
     state, trial = after[one.name], one.trial
     if trial is None or trial.rejection is not None or state.tried != trial.digest:
         return
@@ -130,9 +128,7 @@ def _go_back(one: Seen, after: dict[str, ModelState], now: Now) -> Iterable[Acti
     yield RollBack(one.name, one.trial.digest, failure, failure.message)
 
 
-def _renew(
-    seen: Sequence[Seen], after: dict[str, ModelState], now: Now
-) -> Iterable[Action]:
+def _renew(seen: Sequence[Seen], after: dict[str, ModelState], now: Now) -> Iterable[Action]:
     out = {one.name for one in seen if _is_out(after[one.name], now)}
     for one in seen:
         state = after[one.name]

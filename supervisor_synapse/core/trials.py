@@ -94,14 +94,13 @@ class Generation:
     changed: tuple[str, ...] = ()
     removed: tuple[str, ...] = ()
     failures: Mapping[str, Failure] = field(default_factory=dict)  # why blocks were taken back
+    command: str = ""  # the id of the command that asked for it
 
 
 def rejected(standing: Standing, rejection: Rejected) -> Standing:
     """A block is not to be tried (again)."""
     others = tuple(one for one in standing.rejected if one.digest != rejection.digest)
-    return replace(
-        standing, rejected=(*others, rejection)[-_MOST_REJECTED:], refused=rejection
-    )
+    return replace(standing, rejected=(*others, rejection)[-_MOST_REJECTED:], refused=rejection)
 
 
 def proven(standing: Standing) -> Standing:
@@ -133,7 +132,8 @@ def _taken_up(standing: Standing, generation: Generation, digest: str, name: str
     fresh = replace(standing, digest=digest, generation=generation.number)
     if generation.surface == ROLLBACK:
         left = Rejected(standing.digest, standing.generation, generation.failures.get(name))
-        return proven(rejected(fresh, left))
+        others = tuple(one for one in standing.rejected if one.digest != digest)
+        return proven(rejected(replace(fresh, rejected=others), left))
     # Whoever has discovery write a block means it: it may be tried once more. Of those that are
     # edited by hand, the ones that failed stay rejected.
     is_meant = generation.surface != UPDATE

@@ -95,11 +95,15 @@ class Fleet:
         blocked = [path for path in self._files() if path.is_dir()]
         for path in blocked:
             self.unblock(path)
-        commands = Commands(self.deployment, lambda meant: self.fits(meant))
+        commands = Commands(self.deployment, lambda meant: self.fits(meant), self.roll_back)
         for path in blocked:
             self.block(path)
         self.world.states = commands.take_up(self.world.states)
         return commands
+
+    def roll_back(self, name: str, to: int, command: str) -> str:
+        """As if the former block stood already."""
+        return f"{name}: back to {to} for {command}"
 
     @contextlib.contextmanager
     def unwritable(self, *paths: Path) -> Iterator[None]:

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from supervisor_synapse import cli, deploy, discovery, report
+from supervisor_synapse import cli, deploy, discovery, report, revise
 from supervisor_synapse.adapters import footprints, registry
 from supervisor_synapse.adapters.deployment import Deployment
 from supervisor_synapse.adapters.registry import Entry, Registry
@@ -842,7 +842,7 @@ def test_a_hand_edit_is_kept_and_ours_goes_beside_it_only_when_it_changed(
     (program,) = (one for one in found.plan.programs if one.name == "a")
     assert program.reason.startswith("edited by hand")
     look_and_apply(deployment, changed, forced=["a"])
-    assert conf_d(deployment).keys() == {"a.conf", "b.conf"}
+    assert conf_d(deployment).keys() == {"a.conf", "a.conf.old", "b.conf"}
     assert "--parallel 2" in conf_d(deployment)["a.conf"]
 
 
@@ -876,10 +876,10 @@ def test_force_takes_a_hand_edit_back(deployment: Deployment) -> None:
     put(deployment, "a")
     look_and_apply(deployment)
     ours = conf_d(deployment)["a.conf"]
-    edit(deployment, "a")
+    theirs = edit(deployment, "a")
     found, _ = look_and_apply(deployment, forced=["a"])
     assert found.changes == Changes(changed=("a",))
-    assert conf_d(deployment) == {"a.conf": ours}
+    assert conf_d(deployment) == {"a.conf": ours, "a.conf.old": theirs}
 
 
 def test_an_edited_block_stays_when_its_model_is_gone_and_that_is_said(
@@ -967,7 +967,7 @@ def test_another_port_is_given_and_nothing_else_is_touched(deployment: Deploymen
     ports = {program.name: program.port for program in found.plan.programs}
     before = conf_d(deployment)
     with pytest.raises(TransientError, match="cannot reach supervisord"):
-        deploy.move_port(deployment, "a")  # the files are in place; none is there to be told
+        revise.move_port(deployment, "a")  # the files are in place; none is there to be told
     after, _ = look_and_apply(deployment)
     moved = {program.name: program.port for program in after.plan.programs}
     assert moved["b"] == ports["b"]
@@ -989,7 +989,7 @@ def test_a_port_that_the_user_chose_is_not_moved(deployment: Deployment, whose: 
         edit(deployment, "a")
     before = conf_d(deployment)
     with pytest.raises(ConfigError, match="port"):
-        deploy.move_port(deployment, "a")
+        revise.move_port(deployment, "a")
     assert conf_d(deployment) == before
 
 
@@ -1003,7 +1003,7 @@ def put_large(deployment: Deployment, *names: str) -> None:
 def set_rung(deployment: Deployment, name: str, rung: int) -> None:
     """The files are in place then; no supervisord is there to be told."""
     with pytest.raises(TransientError, match="cannot reach supervisord"):
-        deploy.set_rung(deployment, name, rung)
+        revise.set_rung(deployment, name, rung)
 
 
 def test_another_rung_is_deployed_and_kept_and_nothing_else_is_touched(
@@ -1024,7 +1024,8 @@ def test_another_rung_is_deployed_and_kept_and_nothing_else_is_touched(
     (program,) = (program for program in found.plan.programs if program.name == "a")
     assert (program.rung, program.context) == (2, 4096)
     assert program.reason.startswith("stepped down to context 4096; ")
-    assert _without_reasons(registry.load(deployment.registry)) == _without_reasons(deployed)
+    told = replace(deployed, untold={})  # there is no supervisord: it will read the files
+    assert _without_reasons(registry.load(deployment.registry)) == _without_reasons(told)
     set_rung(deployment, "a", 0)
     assert conf_d(deployment) == before
 
@@ -1034,7 +1035,7 @@ def test_a_port_is_moved_on_every_rung(deployment: Deployment) -> None:
     look_and_apply(deployment)
     set_rung(deployment, "a", 1)
     with pytest.raises(TransientError):
-        deploy.move_port(deployment, "a")
+        revise.move_port(deployment, "a")
     assert "--ctx-size 8192 " in conf_d(deployment)["a.conf"]
     assert "--port 8101 " in conf_d(deployment)["a.conf"]
     assert not look_and_apply(deployment)[0].changes
@@ -1051,7 +1052,7 @@ def test_a_rung_that_there_is_not_is_refused(
     look_and_apply(deployment)
     before = conf_d(deployment)
     with pytest.raises(ConfigError, match=why):
-        deploy.set_rung(deployment, name, rung)
+        revise.set_rung(deployment, name, rung)
     assert conf_d(deployment) == before
 
 
@@ -1060,7 +1061,7 @@ def test_a_block_edited_by_hand_stays_on_its_rung(deployment: Deployment) -> Non
     look_and_apply(deployment)
     edited = edit(deployment, "a")
     with pytest.raises(ConfigError, match="edited by hand"):
-        deploy.set_rung(deployment, "a", 1)
+        revise.set_rung(deployment, "a", 1)
     assert conf_d(deployment)["a.conf"] == edited
 
 
@@ -1083,7 +1084,7 @@ def test_a_model_that_stepped_down_to_its_fallback_finds_its_own_file_again(
     assert "/small.gguf" in conf_d(deployment)[f"{name}.conf"]
     assert link.is_symlink()
     with pytest.raises(TransientError):
-        deploy.move_port(deployment, "small")
+        revise.move_port(deployment, "small")
     assert not look_and_apply(deployment, settings)[0].changes
     assert link.is_symlink()
     set_rung(deployment, name, 0)

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from supervisor.options import ServerOptions, UnhosedConfigParser
 
 from supervisor_synapse import render
-from supervisor_synapse.adapters import supervisord
+from supervisor_synapse.adapters import config_files
 from supervisor_synapse.core.catalog import RESERVED_NAMES, build_catalog
 from supervisor_synapse.core.model import Program, Role, Tier
 from supervisor_synapse.core.plan import make_plan
@@ -222,7 +222,7 @@ def test_a_block_leaves_the_library_path_as_supervisord_has_it(tmp_path: Path) -
 
 def test_the_check_of_a_rendered_block_agrees(around: render.Surroundings) -> None:
     block = render.render_program(TEMPLATES, program(), around)
-    supervisord.check_block(block, render.BLOCK_KEYS)
+    config_files.check_block(block, render.BLOCK_KEYS)
     assert render.BLOCK_KEYS == KEYS
 
 
@@ -481,7 +481,7 @@ def test_many_blocks_together_are_read_as_those_programs(main_config: Path, tmp_
     blocks = [render.render_program(TEMPLATES, one, around) for one in meant]
     for block in blocks:
         (tmp_path / "candidates" / f"{block.name}.conf").write_text(block.text)
-    supervisord.parse_back(main_config, tmp_path / "candidates", blocks)
+    config_files.parse_back(main_config, tmp_path / "candidates", blocks)
     for block in blocks:
         (main_config.parent / "conf.d" / f"{block.name}.conf").write_text(block.text)
     groups = read_main(main_config).process_group_configs
@@ -559,7 +559,7 @@ def test_a_template_that_makes_anything_else_is_caught_when_it_is_read_back(
     own = overridden(tmp_path, shipped.replace(old, new))
     block = render.render_program(own, program(), around)
     with pytest.raises(ConfigError, match=names):
-        supervisord.check_block(block, render.BLOCK_KEYS)
+        config_files.check_block(block, render.BLOCK_KEYS)
 
 
 def test_a_template_that_changes_what_is_run_is_caught_when_it_is_read_back(
@@ -578,4 +578,4 @@ def test_a_template_that_changes_what_is_run_is_caught_when_it_is_read_back(
         block = render.render_program(own, program(), surroundings(tmp_path))
         (tmp_path / "candidates" / f"{block.name}.conf").write_text(block.text)
         with pytest.raises(ConfigError, match=old.partition("=")[0]):
-            supervisord.parse_back(main_config, tmp_path / "candidates", [block])
+            config_files.parse_back(main_config, tmp_path / "candidates", [block])
