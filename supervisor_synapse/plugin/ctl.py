@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 import time
@@ -37,6 +38,7 @@ class SynapseControllerPlugin(ControllerPluginBase):  # type: ignore[misc]  # un
     def __init__(self, controller: Any, **config: Any) -> None:
         self.ctl = controller
         self._hush(controller.options.plugins)
+        self._explain_reload(controller.options.plugins)
 
     def _hush(self, others: list[Any]) -> None:
         """supervisorctl asks each plugin for help in turn; those before us know no word of ours."""
@@ -44,6 +46,21 @@ class SynapseControllerPlugin(ControllerPluginBase):  # type: ignore[misc]  # un
             for command in self._commands():
                 if not hasattr(other, f"help_{command}"):
                     setattr(other, f"help_{command}", lambda: None)
+
+    def _explain_reload(self, others: list[Any]) -> None:
+        """supervisorctl shows a refused reload as an exception of its own."""
+        for other in others:
+            if hasattr(other, "do_reload"):
+                other.do_reload = functools.partial(self._reload, other.do_reload)
+
+    def _reload(self, do_reload: Callable[[str], None], arg: str) -> None:
+        try:
+            do_reload(arg)
+        except xmlrpc.client.Fault as fault:
+            if fault.faultCode != Faults.CANT_REREAD:
+                raise
+            text = "".join(c if c.isprintable() else " " for c in str(fault.faultString))
+            self.ctl.output(text.replace("; ", "\n"))
 
     def _commands(self) -> list[str]:
         names = [name.removeprefix("help_") for name in vars(type(self))]

@@ -1,7 +1,8 @@
 """`[rpcinterface:synapse]`, inside supervisord: hands over snapshots and commands, stops models
-together, and looks after the listener.
+together, and looks after the listener and what a reload would read.
 
-Nothing here does I/O, waits, or raises: supervisord has one thread. What the listener publishes is
+Nothing here does I/O, waits, or raises: supervisord has one thread. (Only a reload, which stops
+everything, first has supervisord's files read.) What the listener publishes is
 kept and handed out, with the states that supervisord itself knows filled in. A command is kept
 until the listener has carried it out; who gave it asks for the answer.
 """
@@ -20,6 +21,7 @@ from supervisor.rpcinterface import SupervisorNamespaceRPCInterface
 from supervisor.states import ProcessStates, getProcessStateDescription
 from supervisor.xmlrpc import Faults, RPCError
 
+from supervisor_synapse.plugin import reload_guard
 from supervisor_synapse.plugin.mailbox import Answer, Full, Mailbox
 from supervisor_synapse.plugin.watchdog import Watchdog
 
@@ -220,7 +222,16 @@ def make_rpcinterface(supervisord: Any, **config: Any) -> SynapseNamespaceRPCInt
             events.SupervisorStoppingEvent, lambda event: _stop_models_together(supervisord)
         )
         events.subscribe(events.Tick5Event, board.watchdog.on_tick)
+        _guard_reloads(supervisord)
     return SynapseNamespaceRPCInterface(supervisord, board)
+
+
+def _guard_reloads(supervisord: Any) -> None:
+    """Another supervisor may be made otherwise: then it goes on as it always did."""
+    try:
+        reload_guard.install(supervisord)
+    except Exception:
+        supervisord.options.logger.critical(traceback.format_exc())
 
 
 def _stop_models_together(supervisord: Any) -> None:

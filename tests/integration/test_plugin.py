@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -423,6 +424,81 @@ def test_stop_in_the_web_page_drains(stage: Stage) -> None:
     stopped = stage.rpc.process("m2")
     assert stopped is not None
     assert stopped.exitstatus == 0
+
+
+# --- a reload with a broken file -----------------------------------------------------------------
+
+BROKEN_FILES = {
+    "words": ("[program:x]\ncommand=/bin/cat\nwords\n", 3),
+    "a stray %": ("[program:x]\ncommand=/bin/cat 100%\n", 2),
+    "a bad value": ("[program:x]\ncommand=/bin/cat\n\nstopsignal=NOPE\n", 4),
+}
+
+
+def _pids(stage: Stage) -> dict[str, int]:
+    return {process.name: process.pid for process in stage.rpc.processes() if process.pid}
+
+
+@pytest.mark.parametrize("kind", BROKEN_FILES)
+def test_a_reload_with_a_broken_file_is_refused_and_stops_nothing(stage: Stage, kind: str) -> None:
+    """It would stop everything and then end supervisord."""
+    stage.start("m3")
+    before, own = _pids(stage), stage.rpc.pid()
+    text, line = BROKEN_FILES[kind]
+    path = stage.at.conf_d / "broken.conf"
+    path.write_text(text)
+    try:
+        said = stage.at.ctl("reload", expect=1)
+        assert f"CANT_REREAD: {path}, line {line}: " in said.out
+        assert "mend it, then reload again" in said.out
+        assert "xmlrpc" not in said.text
+        remote = ("-s", stage.url, "-u", LOGIN[0], "-p", LOGIN[1])
+        assert f"{path}, line {line}: " in stage.at.ctl(*remote, "reload", expect=1).out
+        assert _pids(stage) == before
+        assert stage.rpc.pid() == own
+    finally:
+        path.unlink()
+    stage.rpc.stop("m3")
+    stage.wait_for("m3", ProcessState.STOPPED)
+
+
+def test_a_reload_by_signal_with_a_broken_file_is_refused_too(stage: Stage) -> None:
+    stage.start("m3")
+    before = _pids(stage)
+    path = stage.at.conf_d / "broken.conf"
+    path.write_text("words\n")
+    log = stage.at.log / "supervisord.log"
+    said = len(log.read_text())
+    try:
+        stage.at.supervisord().send_signal(signal.SIGHUP)
+        wait_until(lambda: "no reload: " in log.read_text()[said:], 10, "the refusal in the log")
+        assert f"{path}, line 1: " in log.read_text()[said:]
+        assert _pids(stage) == before
+    finally:
+        path.unlink()
+    stage.rpc.stop("m3")
+    stage.wait_for("m3", ProcessState.STOPPED)
+
+
+@pytest.mark.parametrize("way", ["reload", "signal"])
+def test_once_mended_a_reload_works_and_the_next_is_guarded_again(stage: Stage, way: str) -> None:
+    """A reload makes everything anew but modules."""
+    path = stage.at.conf_d / "broken.conf"
+    path.write_text("words\n")
+    stage.at.ctl("reload", expect=1)
+    path.unlink()
+    stage.publish(row(name="m0"))
+    if way == "reload":
+        assert "Restarted supervisord" in stage.at.ctl("reload", expect=0).out
+    else:
+        stage.at.supervisord().send_signal(signal.SIGHUP)
+    wait_until(lambda: stage.rpc.is_up() and stage.rpc.snapshot() is None, 10, "reloaded")
+    path.write_text("words\n")
+    try:
+        said = stage.at.ctl("reload", expect=1)
+        assert said.out.count(str(path)) == 1
+    finally:
+        path.unlink()
 
 
 # --- the end -------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from supervisor import events
-from supervisor.states import ProcessStates
+from supervisor.states import ProcessStates, SupervisorStates
 from supervisor.xmlrpc import Faults, RPCError, SystemNamespaceRPCInterface, traverse
 
 from supervisor_synapse.adapters import snapshots
@@ -52,7 +52,11 @@ class Host:
 
     def __init__(self, **processes: Process) -> None:
         self.logged: list[str] = []
-        self.options = SimpleNamespace(logger=SimpleNamespace(critical=self.logged.append))
+        self.options = SimpleNamespace(
+            logger=SimpleNamespace(critical=self.logged.append),
+            mood=SupervisorStates.RUNNING,
+            get_signal=lambda: None,
+        )
         self.process_groups = {
             name: SimpleNamespace(processes={name: process}) for name, process in processes.items()
         }
@@ -451,6 +455,7 @@ watching = False
 sys.addaudithook(hook)
 host = type("Host", (), {})()
 host.process_groups = {}
+host.options = SimpleNamespace(get_signal=lambda: None)
 model = {"name": "a", "reason": "\\u00e9"}
 def use():
     namespace = rpc.make_rpcinterface(host)
