@@ -6,6 +6,7 @@ Imports of what a command needs stand in the command: `synapse listen` must not 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -16,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 from supervisor_synapse.adapters import deployment as deployments
 from supervisor_synapse.adapters.deployment import Deployment
-from supervisor_synapse.errors import ConfigError, SynapseError
+from supervisor_synapse.errors import ApplyError, ConfigError, SynapseError
 from supervisor_synapse.version import VERSION
 
 _REFUSED_LISTENER_SECONDS = 4.0
+_MOST_OVERTAKEN = 5
 
 if TYPE_CHECKING:
     from supervisor_synapse.adapters.supervisord import Supervisord
@@ -95,6 +97,15 @@ def _parser() -> argparse.ArgumentParser:
         "--force", action="append", default=[], metavar="MODEL",
         help="overwrite the hand-edited block of MODEL",
     )  # fmt: skip
+    rollback = command("rollback", _rollback, "Put a former good block of a model in place again.")
+    rollback.add_argument("model", metavar="MODEL")
+    rollback.add_argument(
+        "--to", type=_generation_number, default=0, metavar="GENERATION",
+        help="which one (`synapse generations MODEL`); default: the last good one",
+    )  # fmt: skip
+    listing = command("generations", _generations, "Show what was applied, when, and how it went.")
+    listing.add_argument("model", metavar="MODEL", nargs="?")
+    listing.add_argument("--json", action="store_true")
     plan = command("plan", _plan, "Show what would start, where, with how much memory, and why.")
     plan.add_argument("--json", action="store_true")
     command("listen", _listen, "The event listener; run by supervisord.")
@@ -120,18 +131,78 @@ def _init(deployment: Deployment, _: argparse.Namespace) -> int:
 
 
 def _discover(deployment: Deployment, arguments: argparse.Namespace) -> int:
-    from supervisor_synapse import deploy, discovery, lifecycle
+    from supervisor_synapse import discovery, lifecycle
 
-    settings = _settings(deployment)
-    rpc = lifecycle.connect(deployment)
-    found = discovery.discover(deployment, settings, rpc, arguments.force)
-    _require_known(arguments.force, found)
-    if not arguments.json:
-        _show_discovery(found)
-    if not arguments.dry_run:
-        deploy.apply(deployment, found, rpc, _say)
+    failed: tuple[str, ...] = ()
+    if arguments.dry_run:
+        rpc = lifecycle.connect(deployment)
+        found = discovery.discover(deployment, _settings(deployment), rpc, arguments.force)
+        _require_known(arguments.force, found)
+        if not arguments.json:
+            _show_discovery(found)
+    else:
+        found, failed = _discover_and_apply(deployment, arguments.force, show=not arguments.json)
     if arguments.json:
         print(json.dumps(_discovery_json(found, dry_run=arguments.dry_run), indent=2))
+    return int(bool(failed))
+
+
+def _discover_and_apply(
+    deployment: Deployment, forced: Sequence[str], *, show: bool
+) -> tuple[Discovery, tuple[str, ...]]:
+    """What was found and applied, and the models whose changes failed.
+
+    Where the deployment changes meanwhile (the listener moves a port …) it is looked at again.
+    """
+    from supervisor_synapse import deploy, discovery, lifecycle
+
+    for _ in range(_MOST_OVERTAKEN):
+        rpc = lifecycle.connect(deployment)
+        found = discovery.discover(deployment, _settings(deployment), rpc, forced)
+        _require_known(forced, found)
+        if show:
+            _show_discovery(found)
+        with contextlib.suppress(deploy.Overtaken):
+            return found, deploy.apply(deployment, found, rpc, _say)
+    raise ApplyError("the deployment changes all the time; run `synapse discover` again")
+
+
+def _generation_number(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text!a} is no generation: a number from 1 on")
+    return int(text)
+
+
+def _rollback(deployment: Deployment, arguments: argparse.Namespace) -> int:
+    from supervisor_synapse import lifecycle, revise
+
+    deployments.require_laid_down(deployment)
+    rpc = lifecycle.connect(deployment)
+    if rpc is None:
+        print(revise.roll_back(deployment, arguments.model, to=arguments.to))
+        return 0
+    answer = lifecycle.command(rpc, "rollback", arguments.model, arguments.to)
+    print(answer.message, flush=True)
+    return 0 if answer.ok else 1
+
+
+def _generations(deployment: Deployment, arguments: argparse.Namespace) -> int:
+    from supervisor_synapse import report
+    from supervisor_synapse.adapters import generations
+
+    deployments.require_laid_down(deployment)
+    found, standings = generations.every(deployment), generations.standings(deployment)
+    name = arguments.model
+    if name is not None:
+        found = tuple(one for one in found if name in (*one.added, *one.changed, *one.removed))
+        if not found and name not in standings:
+            raise ConfigError(f"{name}: there is no such model")
+    if arguments.json:
+        print(json.dumps(report.generations_json(found, standings), indent=2))
+    elif found:
+        print(report.generations_table(found, standings, name))
+    else:
+        print("Nothing was applied yet: `synapse discover` does.")
     return 0
 
 

@@ -20,13 +20,14 @@ from types import FrameType
 import psutil
 
 from supervisor_synapse.adapters.deployment import Deployment
-from supervisor_synapse.adapters.supervisord import Absent, Supervisord
+from supervisor_synapse.adapters.supervisord import Absent, Answer, Supervisord
 from supervisor_synapse.core.model import UNDER_WAY, ProcessState, Row, Snapshot
 from supervisor_synapse.errors import ApplyError, ConfigError, ShuttingDown, TransientError
 
 _START_SECONDS = 30.0
 _POLL_SECONDS = 0.05
 _STALE_SECONDS = 30.0
+_COMMAND_SECONDS = 30.0  # a listener that was just restarted takes a few
 _KILLED_SECONDS = 5.0
 _QUICK_TIMEOUT_SECONDS = 5.0
 
@@ -102,6 +103,23 @@ def _reason(printed: str) -> str:
     lines = printed.strip().splitlines()
     errors = [line for line in lines if line.startswith("Error:")]
     return ascii((errors or lines)[-1]) if lines else "it said nothing"
+
+
+def command(rpc: Supervisord, verb: str, *arguments: str | int) -> Answer:
+    """Give the listener a command, and wait for what becomes of it.
+
+    Raises:
+        ApplyError: it does not answer.
+        TransientError, ShuttingDown: supervisord does not, or refuses.
+    """
+    given = rpc.command(verb, *arguments)
+    deadline = time.monotonic() + _COMMAND_SECONDS
+    while time.monotonic() < deadline:
+        answer = rpc.result(given)
+        if answer is not None:
+            return answer
+        time.sleep(_POLL_SECONDS)
+    raise ApplyError("the listener does not answer; see var/log/synapse.log")
 
 
 def unknown_to(rpc: Supervisord, names: frozenset[str]) -> frozenset[str]:

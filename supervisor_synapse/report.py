@@ -7,6 +7,7 @@ import json
 import shlex
 import shutil
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -15,12 +16,17 @@ from rich.table import Table
 from rich.text import Text
 
 from supervisor_synapse.core import plan as plans
+from supervisor_synapse.core import trials
 from supervisor_synapse.core.model import Device, Phase, Program, Role, Row
+from supervisor_synapse.core.trials import Generation, Standing, Standings
 
 _WIDTH_WITHOUT_TERMINAL = 160
 _NARROWEST_ON_ONE_LINE = 100
 _INDENT = "    "
 _NARROWEST_FOLD = 24
+
+_VERDICTS = ("rejected", "on trial", "not proved", "good")  # the worst first
+_MOST_NAMED = 8
 
 _STYLES = {
     Phase.READY: "green",
@@ -118,6 +124,71 @@ def devices_table(devices: Iterable[Device]) -> str:
         for device in devices
     ]
     return _table(columns, lines)
+
+
+def generations_table(
+    generations: Sequence[Generation], standings: Standings, name: str | None = None
+) -> str:
+    """What was applied, newest last; of one model, how far each of its blocks is trusted."""
+    columns = (
+        _Column("GENERATION", right=True), _Column("WHEN"), _Column("BY"), _Column("STATE"),
+        _Column("WHAT", folds=True, below="{}"),
+    )  # fmt: skip
+    lines: list[_Line] = [
+        [
+            str(one.number), time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(one.at)),
+            one.surface, _verdict(one, standings, name), _what(one, name),
+        ]
+        for one in generations
+    ]  # fmt: skip
+    return _table(columns, lines)
+
+
+def _verdict(generation: Generation, standings: Standings, name: str | None) -> str:
+    """Of the least trusted block that a generation brought; and whether it is the applied one."""
+    names = [name] if name else [*generation.added, *generation.changed]
+    found = []
+    is_applied = False
+    for one in names:
+        standing, digest = standings.get(one), generation.blocks.get(one)
+        if standing is None or digest is None:
+            continue
+        found.append(trials.verdict(standing, digest))
+        is_applied = is_applied or standing.digest == digest
+    worst = next((word for word in _VERDICTS if word in found), "-")
+    return f"{worst}, applied" if is_applied else worst
+
+
+def _what(generation: Generation, name: str | None) -> str:
+    """`+ a, ~ b, - c: why`."""
+    marks = (("+", generation.added), ("~", generation.changed), ("-", generation.removed))
+    words = [f"{mark} {one}" for mark, names in marks for one in names if name in (None, one)]
+    shown = ", ".join(words[:_MOST_NAMED])
+    if len(words) > _MOST_NAMED:
+        shown += f" and {len(words) - _MOST_NAMED} more"
+    return f"{shown}: {generation.why}" if generation.why else shown
+
+
+def generations_json(
+    generations: Iterable[Generation], standings: Standings
+) -> list[dict[str, object]]:
+    """The objects of `generations --json`, oldest first."""
+    return [
+        {
+            "generation": one.number, "at": one.at, "by": one.surface, "why": one.why,
+            "added": list(one.added), "changed": list(one.changed),
+            "removed": list(one.removed),
+            "blocks": {
+                name: {
+                    "digest": digest,
+                    "state": trials.verdict(standings.get(name, Standing()), digest),
+                    "applied": standings.get(name, Standing()).digest == digest,
+                }
+                for name, digest in one.blocks.items()
+            },
+        }
+        for one in generations
+    ]  # fmt: skip
 
 
 _EXAMPLES: dict[Role, tuple[str, dict[str, object]]] = {

@@ -94,12 +94,21 @@ class Request:
     other: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What became of a command, in a line for a person."""
+
+    ok: bool
+    message: str
+
+
 _T = TypeVar("_T")
 _PID = TypeAdapter(Annotated[int, Field(gt=0)])
 _COUNT = TypeAdapter(Annotated[int, Field(ge=0)])
 _PROCESS = TypeAdapter(Process)
 _PROCESSES = TypeAdapter(list[Process])
 _COMMANDS = TypeAdapter(list[_Configured])
+_ANSWER = TypeAdapter(Answer)
 _REQUESTS = TypeAdapter(list[Request])
 _REREAD = TypeAdapter(tuple[tuple[list[str], list[str], list[str]]])
 
@@ -233,6 +242,18 @@ class Supervisord:
             return tuple(_REQUESTS.validate_json(text))
         except ValidationError as error:
             raise TransientError(f"cannot read the commands: {printable(str(error))}") from None
+
+    def command(self, verb: str, *arguments: str | int) -> str:
+        """Give the listener a command; its id."""
+        return str(self.call(f"synapse.{verb}", *arguments))
+
+    def result(self, command: str) -> Answer | None:
+        """What became of a command; None while it waits."""
+        text = str(self.call("synapse.result", command))
+        try:
+            return _ANSWER.validate_json(text) if text else None
+        except ValidationError as error:
+            raise TransientError(f"cannot read the answer: {printable(str(error))}") from None
 
     def answer(self, request: str, ok: bool, message: str) -> None:
         """Answer a command; it waits no longer."""

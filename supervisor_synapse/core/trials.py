@@ -155,6 +155,15 @@ def broken_by(standings: Standings, generation: int) -> tuple[tuple[str, Failure
     )
 
 
+def verdict(standing: Standing, digest: str) -> str:
+    """How far a block is trusted, in a word."""
+    if any(one.digest == digest for one in standing.good):
+        return "good"
+    if standing.rejection(digest) is not None:
+        return "rejected"
+    return "on trial" if digest == standing.digest else "not proved"
+
+
 def in_use(generations: Iterable[Generation], standings: Standings) -> frozenset[str]:
     """Digests of blocks that somebody may still go back to."""
     found = {digest for one in generations for digest in one.blocks.values()}
