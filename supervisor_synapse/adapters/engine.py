@@ -167,7 +167,3 @@ def _output(path: str, *arguments: str, seconds: float) -> str:
             f"{command} failed with status {done.returncode}: {last}; {how_to_get_one()}"
         )
     return done.stdout
-
-
-def refusal(engine: Engine, arguments: Sequence[str]) -> str:
-    return ""
