@@ -311,7 +311,7 @@ def real(llama_server: conftest.Engine) -> Engine:
         (("--device", "CUDA99"), 'error while handling argument "--device": '),
         (("--ctx-size",), 'error while handling argument "--ctx-size": '),
         (("--flash-attn",), 'error while handling argument "--flash-attn": its value is missing'),
-        (("--control-vector-layer-range",), 'error while handling argument "--control-vector-layer-range": '),
+        (("--control-vector-layer-range",), '"--control-vector-layer-range": '),
         (("--metrics", "--alias"), 'error while handling argument --alias: its value is missing'),
         (("--ctx-size", "--metrics"), 'error while handling argument "--ctx-size": '),
         (("--list-devices", "--no-such"), "error: invalid argument: --no-such"),
