@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from supervisor_synapse.adapters import config_files
 from supervisor_synapse.core import plan as plans
 from supervisor_synapse.core import trials
 from supervisor_synapse.core.model import Device, Phase, Program, Role, Row
@@ -235,6 +238,134 @@ def reason(row: Row) -> str:
     if row.phase is Phase.FAILED and row.last_failure is not None:
         return f"{row.reason}: {row.last_failure.message}"
     return row.reason
+
+
+_ENGINE = "--"  # in a command: the launcher's words stand before it, the engine's after
+_DIFF_STYLES = {"+": "green", "-": "red", "~": "yellow"}
+_Flag = tuple[bool, str]  # whether it is the engine's; its name, or nothing for a program
+
+
+def block_diff(name: str, before: str | None, after: str | None) -> str:
+    """What would change in one block: a head line, and below it only what differs.
+
+    `before` and `after` are the texts of its file, None where there is none. Nothing where both are
+    the same. In colour on a terminal only.
+    """
+    if before == after:
+        return ""
+    sign = "+" if before is None else "-" if after is None else "~"
+    lines = [(sign, f"{sign} {name}")]
+    if before is None or after is None:
+        command = _options(before or after or "").get((f"program:{name}", "command"))
+        lines += [(sign, f"{_INDENT}{_on_one_line(command)}")] if command else []
+    else:
+        changed = list(_changed_options(name, _options(before), _options(after)))
+        lines += changed or [("~", f"{_INDENT}comments or layout only")]
+    return "\n".join(_coloured(_shown(line), _DIFF_STYLES[sign]) for sign, line in lines)
+
+
+def _options(text: str) -> dict[tuple[str, str], str]:
+    """(Section, key) → value; of a key that stands twice the last one counts."""
+    found = config_files.options_of(text)
+    return {(option.section, option.name): option.value for option in found}
+
+
+def _changed_options(
+    name: str, before: Mapping[tuple[str, str], str], after: Mapping[tuple[str, str], str]
+) -> Iterator[tuple[str, str]]:
+    for section, key in dict.fromkeys((*before, *after)):
+        old, new = before.get((section, key)), after.get((section, key))
+        where = "" if section == f"program:{name}" else f"[{section}] "
+        if old == new:
+            continue
+        if key == "command" and old is not None and new is not None:
+            yield from _changed_words(where, old, new)
+        elif old is None:
+            yield "+", f"{_INDENT}+ {where}{_setting(key, new)}".rstrip()
+        elif new is None:
+            yield "-", f"{_INDENT}- {where}{_setting(key, old)}".rstrip()
+        else:
+            yield "~", f"{_INDENT}{where}{key}: {_on_one_line(old)} → {_on_one_line(new)}"
+
+
+def _setting(key: str, value: str | None) -> str:
+    """A section itself has no key."""
+    return f"{key}: {_on_one_line(value or '')}" if key else ""
+
+
+def _on_one_line(value: str) -> str:
+    return " ".join(value.split("\n")).strip()
+
+
+def _changed_words(where: str, before: str, after: str) -> Iterator[tuple[str, str]]:
+    """Flag by flag; what stands there several times is compared as a whole."""
+    old, new = _flags(before), _flags(after)
+    differs = False
+    for flag in dict.fromkeys((*old, *new)):
+        gone, come = _beyond(old.get(flag, []), new.get(flag, []))
+        differs = differs or bool(gone or come)
+        _, name = flag
+        if len(gone) == len(come) == 1:
+            old_value, new_value = gone[0] or "no value", come[0] or "no value"
+            yield "~", _INDENT + where + " ".join(filter(None, (name, old_value, "→", new_value)))
+            continue
+        for sign, values in (("-", gone), ("+", come)):
+            for value in values:
+                said = " ".join(filter(None, (name, value)))
+                yield sign, f"{_INDENT}{sign} {where}{said}"
+    if not differs:
+        yield "~", f"{_INDENT}{where}command: the same words, in another order or layout"
+
+
+def _flags(command: str) -> dict[_Flag, list[str]]:
+    """Each flag of a command with the values that it has, one text for each time it stands there.
+
+    The program that a part begins with has no flag.
+    """
+    found: dict[_Flag, list[str]] = {}
+    is_engine, flag, values = False, "", list[str]()
+
+    def end() -> None:
+        if flag or values:
+            found.setdefault((is_engine, flag), []).append(shlex.join(values))
+
+    for word in _words(command):
+        if word == _ENGINE and not is_engine:
+            end()
+            is_engine, flag, values = True, "", []
+        elif _FLAG.match(word):
+            end()
+            flag, values = word, []
+        else:
+            values.append(word)
+    end()
+    return found
+
+
+_FLAG = re.compile(r"--?[A-Za-z]")
+
+
+def _words(command: str) -> list[str]:
+    try:
+        words = shlex.split(command)
+    except ValueError:  # a quote that is not closed: a person's edit, shown as it stands
+        words = command.split()
+    return [word.replace("%%", "%") for word in words]
+
+
+def _beyond(old: Sequence[str], new: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What only the one has, and what only the other."""
+    gone, come = Counter(old) - Counter(new), Counter(new) - Counter(old)
+    return list(gone.elements()), list(come.elements())
+
+
+def _coloured(line: str, style: str) -> str:
+    if not sys.stdout.isatty():
+        return line
+    text = io.StringIO()
+    console = Console(file=text, force_terminal=True, color_system="auto", highlight=False)
+    console.print(Text(line, style=style), soft_wrap=True, end="")
+    return text.getvalue()
 
 
 def _table(columns: Sequence[_Column], lines: Sequence[Sequence[str | Text]]) -> str:

@@ -380,7 +380,7 @@ class _Files:
     ) -> tuple[int | None, str | None]:
         """The line, and the text without it: else only that of the section, or nothing."""
         text = self.text(path)
-        options = list(_options(text))
+        options = list(options_of(text))
         named = [option for option in options if _names(problem, option.section)]
         suspects = [option for option in named or options if option.name]
         suspects.sort(key=lambda option: _mentioned(problem, option))
@@ -516,7 +516,7 @@ def _include_of(text: str) -> str:
 
 
 @dataclass(slots=True)
-class _Option:
+class Option:
     """One option of a section, and the lines that it takes; without a name the section's own."""
 
     section: str
@@ -532,7 +532,7 @@ class _Option:
         return "\n".join(lines)
 
 
-def _options(text: str) -> Iterator[_Option]:
+def options_of(text: str) -> Iterator[Option]:
     """The sections and options of a text that parses, with their lines, as configparser sees them.
 
     In a text as it is split at newlines: a bare carriage return has become one.
@@ -553,14 +553,14 @@ def _options(text: str) -> Iterator[_Option]:
         indent = depth
         if header := _SECTION.match(line.strip()):
             section = header[1]
-            yield _Option(section, "", "", number, number)
+            yield Option(section, "", "", number, number)
         elif pair := _OPTION.match(line.strip()):
-            option = _Option(section, pair[1].lower(), pair[2], number, number)
+            option = Option(section, pair[1].lower(), pair[2], number, number)
     if option is not None:
         yield option
 
 
-def _without_program(text: str, section: str, options: Sequence[_Option]) -> str:
+def _without_program(text: str, section: str, options: Sequence[Option]) -> str:
     """A program that lost a line may lack it: it becomes the plainest there is."""
     kind = section.partition(":")[0]
     if kind not in _PLAIN:
@@ -581,7 +581,7 @@ def _names(problem: str, section: str) -> bool:
     )
 
 
-def _mentioned(problem: str, option: _Option) -> int:
+def _mentioned(problem: str, option: Option) -> int:
     """0 where a problem names an option, 1 where it names its value, else 2."""
     if f"{option.section}.{option.name}" in problem:
         return 0

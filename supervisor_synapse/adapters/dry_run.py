@@ -25,10 +25,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from supervisor_synapse.adapters import store
+from supervisor_synapse.adapters.engine import without_flags
 from supervisor_synapse.core.load_log import Loaded, ends_dry_run, parse_dry_run
 from supervisor_synapse.core.model import Engine
 from supervisor_synapse.core.settings import MIB
@@ -86,20 +87,8 @@ def command(engine: Engine, model_path: str, arguments: Sequence[str]) -> list[s
     own = ["--fit", "on", "--log-verbosity", "5", "--host", "127.0.0.1", "--port", "0"]
     if "--offline" in engine.flags:
         own.append("--offline")
-    return [engine.path, "--model", model_path, *_kept(arguments), *own]
-
-
-def _kept(arguments: Sequence[str]) -> Iterator[str]:
-    """Without the flags that are dropped, and their values."""
-    had_value = False
-    for word in arguments:
-        flag, is_whole, _ = word.partition("=")
-        if had_value and not word.startswith("-"):
-            had_value = False
-            continue
-        had_value = flag in _DROPPED_WITH_VALUE and not is_whole
-        if flag not in _DROPPED_WITH_VALUE and flag not in _DROPPED:
-            yield word
+    kept = without_flags(arguments, _DROPPED_WITH_VALUE, _DROPPED)
+    return [engine.path, "--model", model_path, *kept, *own]
 
 
 def _take(held: contextlib.ExitStack, lock: Path, deadline: float) -> None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import platform
 import re
 import shutil
+import signal
 import stat
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
 
+from supervisor_synapse.core.failures import printable
 from supervisor_synapse.core.model import Device, Engine
 from supervisor_synapse.core.settings import MIB
 from supervisor_synapse.errors import ConfigError
@@ -25,6 +28,24 @@ _VERSION = re.compile(r"version:\s*(.+)")
 _DEVICE = re.compile(
     r"^\s+(\w+):\s+(.*?)\s+\(([0-9]{1,15}) MiB, ([0-9]{1,15}) MiB free\)\s*$", re.MULTILINE
 )
+
+# Ends the arguments that are tried: no engine knows these. A flag that lacks its value takes the
+# first for it, one that has two both; and no server is ever started, as the version is asked for.
+_END = "--end-of-what-is-tried"
+_ENDS = (f"{_END}-1", f"{_END}-2", "--version")
+_HANDLING = "error while handling argument "
+_REFUSED = re.compile(r"error(: invalid argument| while handling (argument|environment variable))")
+# Opens or makes a file, or calls the devices of other machines, as soon as it is read.
+_ACTS_WITH_VALUE = frozenset({"--log-file", "--log-prompts-dir", "--rpc"})
+_ACTS = frozenset({"--version", "--license", "--list-devices", "--cache-list", "-cl"})  # and ends
+_NAMES_DEVICES = frozenset({
+    "--device", "-dev", "--spec-draft-device", "--device-draft", "-devd", "--override-tensor",
+    "-ot", "--spec-draft-override-tensor", "--override-tensor-draft", "-otd",
+})  # fmt: skip
+# The same by way of the environment.
+_ACTING_VARIABLES = frozenset({
+    "LLAMA_LOG_FILE", "LLAMA_ARG_LOG_FILE", "LLAMA_ARG_LOG_PROMPTS_DIR", "LLAMA_ARG_RPC",
+})  # fmt: skip
 
 
 def find(setting: str, answer_seconds: float = _ANSWER_SECONDS) -> Engine:
@@ -98,6 +119,77 @@ def devices(
     return tuple(
         parse_devices(_output(engine.path, *further, "--list-devices", seconds=answer_seconds))
     )
+
+
+def refusal(
+    engine: Engine, arguments: Sequence[str], answer_seconds: float = _ANSWER_SECONDS
+) -> str:
+    """Why the engine does not take these arguments, in its own words; nothing where it does.
+
+    It reads them all, and stops at one that we put behind them: no model is looked at. What acts as
+    soon as it is read is left out. An engine that gives no clear answer within `answer_seconds`
+    has refused nothing. Its environment is ours.
+    """
+    words = list(without_flags(arguments, *_acting(arguments)))
+    status, printed = _tried(engine.path, words, answer_seconds)
+    said = next((line for line in map(str.strip, printed.splitlines()) if _REFUSED.match(line)), "")
+    if said.startswith(_HANDLING):
+        return (
+            f"{said.partition(': ')[0]}: its value is missing" if _END in said else printable(said)
+        )
+    if said and _END not in said:
+        return printable(said)
+    is_eaten = _ENDS[1] in said or (
+        # Unless this engine tells its version whatever stands before.
+        status == 0 and _tried(engine.path, [], answer_seconds)[0] not in (0, None)
+    )
+    return printable(f"{_HANDLING}{words[-1]}: its value is missing") if words and is_eaten else ""
+
+
+def without_flags(arguments: Sequence[str], with_value: Set[str], alone: Set[str]) -> Iterator[str]:
+    """Without some flags, and the values of those that have one."""
+    had_value = False
+    for word in arguments:
+        flag, is_whole, _ = word.partition("=")
+        if had_value and not word.startswith("-"):
+            had_value = False
+            continue
+        had_value = flag in with_value and not is_whole
+        if flag not in with_value and flag not in alone:
+            yield word
+
+
+def _acting(arguments: Sequence[str]) -> tuple[Set[str], Set[str]]:
+    """The flags to leave out, with and without a value; where no device of other machines is
+    called, none of them can be named.
+    """
+    is_remote = "--rpc" in arguments or "LLAMA_ARG_RPC" in os.environ
+    return (_ACTS_WITH_VALUE | _NAMES_DEVICES if is_remote else _ACTS_WITH_VALUE), _ACTS
+
+
+def _tried(path: str, words: Sequence[str], seconds: float) -> tuple[int | None, str]:
+    """Exit status and output of the engine with these words and the end; None where it has none."""
+    command = [path, *words, *_ENDS]
+    environment = {k: v for k, v in os.environ.items() if k not in _ACTING_VARIABLES}
+    if "LLAMA_ARG_RPC" in os.environ:
+        environment.pop("LLAMA_ARG_DEVICE", None)
+    try:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, errors="replace", env=environment, start_new_session=True,
+        )  # fmt: skip
+    except (OSError, ValueError):
+        return None, ""
+    with process:
+        try:
+            printed, _ = process.communicate(timeout=seconds)
+        except BaseException as error:  # not reaped yet, so its number is nobody else's
+            with contextlib.suppress(OSError):
+                os.killpg(process.pid, signal.SIGKILL)
+            if isinstance(error, subprocess.TimeoutExpired):
+                return None, ""
+            raise
+    return process.returncode, printed
 
 
 def parse_devices(text: str) -> list[Device]:

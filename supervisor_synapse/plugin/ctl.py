@@ -7,12 +7,13 @@ import json
 import sys
 import time
 import xmlrpc.client
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from http import HTTPStatus
 from http.client import HTTPException
-from typing import Any
+from typing import Any, TypeVar
 from xml.parsers.expat import ExpatError
 
+from supervisor.states import STOPPED_STATES, ProcessStates
 from supervisor.supervisorctl import ControllerPluginBase, LSBInitExitStatuses
 from supervisor.xmlrpc import Faults
 
@@ -23,15 +24,27 @@ from supervisor_synapse.errors import TransientError
 _STALE_SECONDS = 10.0  # the listener gives a sign of life every 2 s
 _ANSWER_SECONDS = 15.0  # a listener that was just restarted takes a few
 _SWAP_SECONDS = 3600.0  # a large model loads from a slow disk, after a long drain
+_ROLLBACK_SECONDS = 120.0
+_DISCOVER_SECONDS = 3600.0  # the headers of a large cache on a slow disk
 _POLL_SECONDS = 0.05
+_LOG_POLL_SECONDS = 0.2
+_LOG_CHUNK_BYTES = 65536
+_LONGEST_CHARACTER_BYTES = 4
+_LARGEST_INT = 2**31 - 1  # of XML-RPC
+_DISCOVER = "discover"
+_NO_DISCOVER = (
+    "supervisord has no such program: run `synapse discover` in a shell, or give supervisord.conf "
+    "the section [program:discover] that `synapse init` lays down"
+)
 _LOST = "supervisord was restarted meanwhile: look at `models`"
 _LOOK = "Look at `status synapse` and var/log/synapse.log."
 
 _Say = Callable[[str], None]
+_T = TypeVar("_T")
 
 
 class SynapseControllerPlugin(ControllerPluginBase):  # type: ignore[misc]  # untyped base
-    """Adds `models`, `enable`, `disable`, `drain` and `swap` to supervisorctl."""
+    """Adds `models`, `discover` and what models can be told to supervisorctl."""
 
     name = "synapse"
 
@@ -126,6 +139,102 @@ class SynapseControllerPlugin(ControllerPluginBase):  # type: ignore[misc]  # un
     def help_swap(self) -> None:
         self.ctl.output("swap OLD NEW\t\tHave NEW take the place of OLD; OLD is drained.")
 
+    def do_rollback(self, arg: str) -> None:
+        name, *more = arg.split() or [""]
+        generation = _generation(more)
+        if not name or generation is None:
+            self.ctl.output("Error: rollback requires a model, and at most the number of one of "
+                            "its generations")  # fmt: skip
+            self.help_rollback()
+            self.ctl.exitstatus = LSBInitExitStatuses.INVALID_ARGS
+            return
+        command = self._ask("rollback", self.ctl.output, name, generation, about=name)
+        if command is not None:
+            self._await_result(name, command, _ROLLBACK_SECONDS)
+
+    def help_rollback(self) -> None:
+        self.ctl.output("rollback NAME\t\tGo back to the last block that NAME was well with.")
+        self.ctl.output("rollback NAME GENERATION\tGo back to the block of that generation.")
+
+    def do_discover(self, arg: str) -> None:
+        if arg:
+            self.ctl.output("Error: discover accepts no arguments")
+            self.help_discover()
+            self.ctl.exitstatus = LSBInitExitStatuses.INVALID_ARGS
+            return
+        try:
+            self._discover()
+        except KeyboardInterrupt:
+            self._fail(f"no longer followed: `status {_DISCOVER}` tells how it goes on", self._say)
+
+    def help_discover(self) -> None:
+        self.ctl.output("discover \t\tLook for models again, and show what is found.")
+
+    def _discover(self) -> None:
+        """Start a run, or join the one under way; show what it says, and how it ends."""
+        offset = self._asked(self._say, _log_size, about=_DISCOVER, missing=_NO_DISCOVER)
+        if offset is None:
+            return
+        is_ours = self._asked(self._say, _start, about=_DISCOVER, missing=_NO_DISCOVER)
+        if is_ours is None:
+            return
+        if not is_ours:
+            self._say(f"{_DISCOVER} runs already; what it says from now on:")
+        self._follow(offset)
+
+    def _follow(self, offset: int) -> None:
+        deadline, rest = time.monotonic() + _DISCOVER_SECONDS, ""
+        while time.monotonic() < deadline:
+            # In this order: the log of a run that has ended is complete.
+            info = self._asked(self._say, lambda proxy: proxy.supervisor.getProcessInfo(_DISCOVER))
+            said = self._asked(self._say, functools.partial(self._read_log, offset))
+            if info is None or said is None:
+                return
+            text, end = said
+            *lines, rest = (rest + text).split("\n")
+            for line in lines:
+                self._say(line)
+            if end != offset:
+                offset = end
+            elif info["state"] in STOPPED_STATES:
+                if rest:
+                    self._say(rest)
+                self._tell_end(info)
+                return
+            else:
+                time.sleep(_LOG_POLL_SECONDS)
+        self._fail(f"{_DISCOVER}: ERROR (no end after {_DISCOVER_SECONDS:.0f} s)", self._say)
+
+    def _read_log(self, offset: int, proxy: Any) -> tuple[str, int]:
+        """What the log holds beyond `offset`, a part of it, and where that ends."""
+        size = _log_size(proxy)
+        offset = offset if offset <= size else 0  # it was rotated
+        length = min(size - offset, _LOG_CHUNK_BYTES)
+        for shorter in _lengths(length):
+            try:
+                with self.ctl.get_server_proxy() as own:  # a failed one cannot be used again
+                    text = own.supervisor.readProcessStdoutLog(_DISCOVER, offset, shorter)
+                    return str(text), offset + shorter
+            except xmlrpc.client.ProtocolError as error:
+                # A character may end behind this part; supervisord cannot say so.
+                if error.errcode != HTTPStatus.INTERNAL_SERVER_ERROR:
+                    raise
+        return "", offset + length
+
+    def _tell_end(self, info: Any) -> None:
+        if info["state"] == ProcessStates.EXITED and info["exitstatus"] == 0:
+            return
+        why = {
+            ProcessStates.EXITED: f"exit status {info['exitstatus']}",
+            ProcessStates.STOPPED: "it was stopped",
+        }.get(info["state"], info["spawnerr"] or info["statename"])
+        self._fail(f"{_DISCOVER}: ERROR ({why})", self._say)
+
+    def _say(self, line: str) -> None:
+        """A line as soon as it is there."""
+        self.ctl.output("".join(c if c.isprintable() else " " for c in line))
+        self.ctl.stdout.flush()
+
     def _command(self, verb: str, arg: str) -> None:
         """Give a command for each name; say what became of it."""
         names = arg.split()
@@ -198,15 +307,26 @@ class SynapseControllerPlugin(ControllerPluginBase):  # type: ignore[misc]  # un
         self,
         method: str,
         say: _Say,
-        *arguments: str,
+        *arguments: str | int,
         about: str = "",
         missing: str = "no such model",
     ) -> str | None:
         """What a method of our namespace answers; None where it failed, which was said."""
+        return self._asked(
+            say,
+            lambda proxy: str(getattr(proxy.synapse, method)(*arguments)),
+            about=about,
+            missing=missing,
+        )
+
+    def _asked(
+        self, say: _Say, ask: Callable[[Any], _T], *, about: str = "", missing: str = ""
+    ) -> _T | None:
+        """What `ask` gets from supervisord; None where it failed, which was said."""
         url = self.ctl.options.serverurl
         try:
             with self.ctl.get_server_proxy() as proxy:
-                return str(getattr(proxy.synapse, method)(*arguments))
+                return ask(proxy)
         except xmlrpc.client.Fault as fault:
             if fault.faultCode == Faults.UNKNOWN_METHOD:
                 self._fail("supervisord runs without [rpcinterface:synapse]", say)
@@ -228,6 +348,38 @@ class SynapseControllerPlugin(ControllerPluginBase):  # type: ignore[misc]  # un
     def _fail(self, message: str, say: _Say) -> None:
         say(printable(message))
         self.ctl.exitstatus = LSBInitExitStatuses.GENERIC
+
+
+def _generation(words: list[str]) -> int | None:
+    """The number of a generation; 0 where none is given, None where it is none."""
+    if not words:
+        return 0
+    is_number = len(words) == 1 and words[0].isascii() and words[0].isdecimal()
+    number = int(words[0]) if is_number and len(words[0]) <= len(str(_LARGEST_INT)) else 0
+    return number if 0 < number <= _LARGEST_INT else None
+
+
+def _log_size(proxy: Any) -> int:
+    _, size, _ = proxy.supervisor.tailProcessStdoutLog(_DISCOVER, 0, 0)
+    return int(size)
+
+
+def _start(proxy: Any) -> bool:
+    """Start a discovery; False where one runs already."""
+    try:
+        proxy.supervisor.startProcess(_DISCOVER, False)
+    except xmlrpc.client.Fault as fault:
+        if fault.faultCode != Faults.ALREADY_STARTED:
+            raise
+        return False
+    return True
+
+
+def _lengths(length: int) -> Iterator[int]:
+    """A length, and those that end one of a few bytes before it."""
+    for cut in range(_LONGEST_CHARACTER_BYTES):
+        if length > cut:
+            yield length - cut
 
 
 def _on_stderr(message: str) -> None:

@@ -25,7 +25,7 @@ from supervisor_synapse.plugin import reload_guard
 from supervisor_synapse.plugin.mailbox import Answer, Full, Mailbox
 from supervisor_synapse.plugin.watchdog import Watchdog
 
-API_VERSION = "1.1"
+API_VERSION = "1.2"
 
 _LARGEST_SNAPSHOT_CHARACTERS = 8 * 1024 * 1024
 _LONGEST_MESSAGE = 1000
@@ -124,6 +124,29 @@ class SynapseNamespaceRPCInterface:
         @return string      id of the command, for result()
         """
         return self._command("drain", name)
+
+    def rollback(self, name: str, generation: int) -> str:
+        """Go back to a former block of a model.
+
+        @param string name     a model
+        @param int generation  the generation to go back to; 0: the last one that was well
+        @return string         id of the command, for result(), which answers when all is done
+        """
+        if type(generation) is not int or generation < 0:
+            raise RPCError(Faults.INCORRECT_PARAMETERS, "a generation is a number, or 0")
+        return self._command("rollback", name, str(generation) if generation else "")
+
+    def discover(self) -> str:
+        """Look for models again, in supervisord's program `discover`, which says how it goes.
+
+        @return string  empty; also where it runs already
+        """
+        try:
+            self._supervisor.startProcess("discover", False)
+        except RPCError as error:
+            if error.code != Faults.ALREADY_STARTED:
+                raise
+        return ""
 
     def result(self, command: str) -> str:
         """What became of a command.

@@ -21,8 +21,8 @@ from typing import Any
 
 import pytest
 
-from supervisor_synapse.adapters import generations
 from supervisor_synapse.adapters import deployment as deployments
+from supervisor_synapse.adapters import generations
 from tests.conftest import Engine
 from tests.gguf_factory import write_model
 from tests.integration.harness import (

@@ -11,6 +11,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 import xmlrpc.client
 from collections.abc import Iterator
@@ -424,6 +425,174 @@ def test_stop_in_the_web_page_drains(stage: Stage) -> None:
     stopped = stage.rpc.process("m2")
     assert stopped is not None
     assert stopped.exitstatus == 0
+
+
+# --- supervisorctl discover ----------------------------------------------------------------------
+
+_DISCOVER = """
+import pathlib, sys, time
+print("looking", flush=True)
+while not pathlib.Path(sys.argv[1]).exists():
+    time.sleep(0.01)
+print("found \u6a21 of " + sys.argv[1], flush=True)
+sys.exit(int(pathlib.Path(sys.argv[1]).read_text()))
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Discovery:
+    """The program `discover`, which goes on until it is told its exit status."""
+
+    stage: Stage
+    go: Path
+
+    def end(self, status: int) -> None:
+        new = self.go.with_suffix(".new")
+        new.write_text(str(status))
+        new.replace(self.go)
+
+    @contextlib.contextmanager
+    def followed(self, *login: str) -> Iterator[subprocess.Popen[str]]:
+        """`supervisorctl discover`, running."""
+        command = [str(BIN / "supervisorctl"), "-c", str(self.stage.at.etc / "supervisord.conf")]
+        with subprocess.Popen(
+            [*command, *login, "discover"], env=self.stage.at.environment(),
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8",
+        ) as running:  # fmt: skip
+            try:
+                yield running
+            finally:
+                running.kill()
+
+
+@pytest.fixture
+def discovery(stage: Stage) -> Iterator[Discovery]:
+    main = stage.at.etc / "supervisord.conf"
+    text = main.read_text()
+    program, go = stage.at.root / "looks.py", stage.at.root / "go"
+    program.write_text(_DISCOVER)
+    line = f"command={BIN / 'synapse'} --prefix {stage.at.prefix} discover"
+    assert text.count(line) == 1
+    main.write_text(text.replace(line, f"command={sys.executable} {program} {go}"))
+    stage.at.ctl("update")
+    go.unlink(missing_ok=True)
+    yield Discovery(stage, go)
+    stage.rpc.stop("discover")
+    wait_until(lambda: not stage.rpc.process("discover").pid, 10)  # type: ignore[union-attr]
+    main.write_text(text)
+    stage.at.ctl("update")
+
+
+def _line(running: subprocess.Popen[str]) -> str:
+    assert running.stdout is not None
+    return running.stdout.readline()
+
+
+@pytest.mark.parametrize("status", [0, 3])
+@pytest.mark.parametrize("way", ["socket", "network"])
+def test_a_discovery_is_shown_as_it_goes_and_ends_as_it_ended(
+    discovery: Discovery, way: str, status: int
+) -> None:
+    """Nothing of the run before is shown."""
+    remote = ("-s", discovery.stage.url, "-u", LOGIN[0], "-p", LOGIN[1])
+    for _ in range(2):
+        with discovery.followed(*(remote if way == "network" else ())) as running:
+            assert _line(running) == "looking\n"
+            discovery.end(status)
+            said = [_line(running), _line(running)]
+            assert running.wait(20) == (1 if status else 0)
+        end = f"discover: ERROR (exit status {status})\n" if status else ""
+        assert said == [f"found \u6a21 of {discovery.go}\n", end]
+        discovery.go.unlink()
+
+
+def test_a_discovery_that_runs_already_is_joined(discovery: Discovery) -> None:
+    assert discovery.stage.rpc.call("synapse.discover") == ""
+    assert discovery.stage.rpc.call("synapse.discover") == ""
+    process = discovery.stage.rpc.process("discover")
+    log = discovery.stage.at.log / "discover.log"
+    wait_until(lambda: log.exists() and log.read_text().endswith("looking\n"), 10)
+    with discovery.followed() as running:
+        assert "runs already" in _line(running)
+        discovery.end(0)
+        assert _line(running) == f"found \u6a21 of {discovery.go}\n"
+        assert running.wait(20) == 0
+    after = discovery.stage.rpc.process("discover")
+    assert process is not None
+    assert after is not None
+    assert after.start == process.start
+
+
+def test_ctrl_c_ends_the_following_and_not_the_discovery(discovery: Discovery) -> None:
+    with discovery.followed() as running:
+        assert _line(running) == "looking\n"
+        running.send_signal(signal.SIGINT)
+        assert "no longer followed" in _line(running)
+        assert running.wait(20) == 1
+    process = discovery.stage.rpc.process("discover")
+    assert process is not None
+    assert process.state is ProcessState.RUNNING
+
+
+def test_the_real_discovery_can_be_started_so(stage: Stage) -> None:
+    said = stage.at.ctl("discover", expect=None)
+    log = (stage.at.log / "discover.log").read_text()
+    assert said.out.splitlines()[0] in log
+    assert "Traceback" not in said.text
+
+
+def test_without_the_program_discover_it_says_what_to_do(stage: Stage) -> None:
+    main = stage.at.etc / "supervisord.conf"
+    text = main.read_text()
+    main.write_text(text.replace("[program:discover]", "[program:other]"))
+    try:
+        stage.at.ctl("update")
+        said = stage.at.ctl("discover", expect=1)
+        assert "run `synapse discover` in a shell" in said.out
+        with pytest.raises(Refused) as caught:
+            stage.rpc.call("synapse.discover")
+        assert caught.value.code == Fault.BAD_NAME
+    finally:
+        main.write_text(text)
+        stage.at.ctl("update")
+
+
+# --- supervisorctl rollback ----------------------------------------------------------------------
+
+
+def _answered(stage: Stage, ok: bool, message: str) -> threading.Thread:
+    """A listener that answers the next command so, and says in `seen` what it was."""
+
+    def listen() -> None:
+        requests = wait_until(stage.rpc.requests, 20, "a command")
+        assert (requests[0].verb, requests[0].model) == ("rollback", "m0")
+        stage.rpc.answer(requests[0].id, ok, f"{message} {requests[0].other or '-'}")
+
+    thread = threading.Thread(target=listen)
+    thread.start()
+    return thread
+
+
+@pytest.mark.parametrize(
+    ("arguments", "ok", "said"),
+    [(("m0",), True, "m0 is back at -\n"), (("m0", "17"), True, "m0 is back at 17\n"),
+     (("m0", "9"), False, "m0 is back at 9\n")],
+)  # fmt: skip
+def test_a_rollback_waits_for_the_listeners_answer(
+    stage: Stage, arguments: tuple[str, ...], ok: bool, said: str
+) -> None:
+    listener = _answered(stage, ok, "m0 is back at")
+    try:
+        assert stage.at.ctl("rollback", *arguments, expect=0 if ok else 1).out == said
+    finally:
+        listener.join(30)
+
+
+def test_a_rollback_of_what_is_none_is_refused_at_once(stage: Stage) -> None:
+    assert "no such model" in stage.at.ctl("rollback", "nobody", expect=1).out
+    assert "rollback NAME" in stage.at.ctl("rollback", "m0", "x", expect=2).out
+    assert "rollback NAME" in stage.at.ctl("help", "rollback").out
+    assert stage.rpc.requests() == ()
 
 
 # --- a reload with a broken file -----------------------------------------------------------------

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import os
 import platform
+import socket
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from supervisor_synapse.adapters import engine as engines
-from supervisor_synapse.core.model import Device
+from supervisor_synapse.core.model import Device, Engine, Role
+from supervisor_synapse.core.plan import make_plan
+from supervisor_synapse.core.settings import Settings
 from supervisor_synapse.errors import ConfigError
 from tests import conftest
-from tests.unit.builders import MIB, engine
+from tests.unit.builders import MIB, engine, model, section, world
 
 HELP = """case "$1" in
   --help) echo "-m, --model FNAME   path"; echo "--list-devices  list"; echo "-fa,   --flash-attn";;
@@ -283,3 +288,136 @@ def test_whatever_is_printed_is_read_without_an_error(text: str) -> None:
     for device in engines.parse_devices(f"  A: x (1 MiB, 1 MiB free)\n{text}"):
         assert device.total_bytes >= 0
         assert device.free_bytes >= 0
+
+
+# --- arguments -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def real(llama_server: conftest.Engine) -> Engine:
+    return engines.find(llama_server.path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "telling"),
+    [
+        (("--no-such",), "error: invalid argument: --no-such"),
+        (("--ctx-size", "4096", "word", "--metrics"), "error: invalid argument: word"),
+        (("--ctx-size=4096",), "error: invalid argument: --ctx-size=4096"),
+        (("--no\x1b[2Jsuch",), "error: invalid argument: --no [2Jsuch"),
+        (("--ctx-size", "many"), 'error while handling argument "--ctx-size": '),
+        (("--flash-attn", "maybe", "--metrics"), "unknown value for --flash-attn: 'maybe'"),
+        (("--chat-template-file", "/no/such/file"), "/no/such/file"),
+        (("--device", "CUDA99"), 'error while handling argument "--device": '),
+        (("--ctx-size",), 'error while handling argument "--ctx-size": '),
+        (("--flash-attn",), 'error while handling argument "--flash-attn": its value is missing'),
+        (("--control-vector-layer-range",), '"--control-vector-layer-range": '),
+        (("--metrics", "--alias"), 'error while handling argument --alias: its value is missing'),
+        (("--ctx-size", "--metrics"), 'error while handling argument "--ctx-size": '),
+        (("--list-devices", "--no-such"), "error: invalid argument: --no-such"),
+        (("--version", "--no-such"), "error: invalid argument: --no-such"),
+    ],
+)  # fmt: skip
+def test_the_real_engine_says_what_it_does_not_take(
+    real: Engine, arguments: tuple[str, ...], telling: str
+) -> None:
+    """And a server that is started with these ends at once."""
+    said = engines.refusal(real, arguments)
+    assert telling in said
+    assert said.isprintable()
+    assert len(said) <= 300
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        ("--model", "/no/such/file.gguf", "--ctx-size", "4096", "--metrics"),
+        ("--flash-attn", "on", "-ngl", "99", "--no-mmap", "-np", "4", "--alias", "模型 a"),
+        ("--hf-repo", "nobody/nothing", "--model-url", "http://127.0.0.1:9/x"),
+        ("--rpc", "127.0.0.1:9", "--device", "RPC0", "--log-file", "/no/such/folder/x"),
+        ("--help",),
+        ("--alias", "--metrics"),
+    ],
+)  # fmt: skip
+def test_the_real_engine_takes_what_is_right(real: Engine, arguments: tuple[str, ...]) -> None:
+    assert engines.refusal(real, arguments) == ""
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"role": Role.EMBEDDING, "context_length": 512}, {"role": Role.RERANKER}],
+    ids=["text", "embedding", "reranker"],
+)
+def test_the_real_engine_takes_what_our_plan_makes(real: Engine, changes: dict[str, Any]) -> None:
+    """Each rung of the ladder too."""
+    settings = Settings(models=(section("*", sleep_idle_seconds=60.0),))
+    plan = make_plan((model(**changes),), settings, world(engine=real))
+    tried = {program.arguments for program in plan.programs}
+    tried |= {variant.arguments for program in plan.programs for variant in program.ladder}
+    assert tried
+    for arguments in tried:
+        assert engines.refusal(real, arguments) == ""
+
+
+def test_to_ask_writes_no_file(real: Engine, tmp_path: Path) -> None:
+    """The log of the running server would be emptied."""
+    log = tmp_path / "server.log"
+    log.write_text("what was said before")
+    arguments = ("--log-file", str(log), "--log-prompts-dir", str(tmp_path / "prompts"))
+    assert engines.refusal(real, arguments) == ""
+    assert log.read_text() == "what was said before"
+    assert list(tmp_path.iterdir()) == [log]
+
+
+def test_to_ask_calls_no_other_machine(real: Engine) -> None:
+    """A device serves one engine at a time: this one would wait."""
+    with socket.create_server(("127.0.0.1", 0)) as device:
+        address = f"127.0.0.1:{device.getsockname()[1]}"
+        assert engines.refusal(real, ("--rpc", address, "--device", "RPC0"), 5.0) == ""
+        device.settimeout(0)
+        with pytest.raises(BlockingIOError):
+            device.accept()
+
+
+def test_a_bad_variable_is_seen_as_the_server_would_see_it(
+    real: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLAMA_ARG_CTX_SIZE", "many")
+    said = engines.refusal(real, ("--metrics",))
+    assert said.startswith('error while handling environment variable "LLAMA_ARG_CTX_SIZE"')
+
+
+def test_an_answer_takes_a_moment(real: Engine) -> None:
+    """10 ms; wide, for a busy machine."""
+    begun = time.monotonic()
+    engines.refusal(real, ("--ctx-size", "4096"))
+    assert time.monotonic() - begun < 2
+
+
+@pytest.mark.parametrize(
+    "body",
+    ["exec sleep 60", "sleep 60 & wait", "exit 127", "echo 'error while loading libraries'; exit 1",
+     "kill -SEGV $$", "exit 0", "echo version: 1", "echo error: unrecognized: $*; exit 2"],
+)  # fmt: skip
+def test_an_engine_that_gives_no_clear_answer_has_refused_nothing(
+    tmp_path: Path, body: str
+) -> None:
+    path = program(tmp_path, body)
+    begun = time.monotonic()
+    assert engines.refusal(engine(path=str(path)), ("--alias", "a"), 0.5) == ""
+    assert time.monotonic() - begun < 10
+
+
+def test_an_engine_that_is_gone_has_refused_nothing() -> None:
+    assert engines.refusal(engine(path="/no/such/program"), ("--no-such",)) == ""
+
+
+def test_what_an_engine_has_started_dies_with_it(tmp_path: Path) -> None:
+    path = program(tmp_path, f"sleep 60 & echo $! > {tmp_path}/pid; wait")
+    assert engines.refusal(engine(path=str(path)), ("--alias", "a"), 0.5) == ""
+    pid = int((tmp_path / "pid").read_text())
+    deadline = time.monotonic() + 5
+    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

@@ -8,7 +8,7 @@ import shutil
 import socket
 import tempfile
 import xmlrpc.client
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -363,7 +363,7 @@ def test_what_the_listener_answers_cannot_steer_the_terminal(ctl: Terminal) -> N
     assert ctl.ask("drain a", script).out == "a [2J b\n"
 
 
-@pytest.mark.parametrize("verb", ["enable", "disable", "drain", "swap"])
+@pytest.mark.parametrize("verb", ["enable", "disable", "drain", "swap", "rollback", "discover"])
 def test_each_command_is_listed_and_explained(ctl: Terminal, verb: str) -> None:
     assert verb in ctl.type("help").out.split()
     lines = ctl.type(f"help {verb}").out.splitlines()
@@ -386,7 +386,9 @@ def test_help_on_what_no_plugin_knows_says_so_once(ctl: Terminal) -> None:
 def test_every_command_is_listed_once(ctl: Terminal) -> None:
     words = ctl.type("help").out.split()
     assert [words.count(word) for word in ("models", "drain", "start", "status")] == [1] * 4
-    assert words[-5:] == ["disable", "drain", "enable", "models", "swap"]
+    assert words[-7:] == [
+        "disable", "discover", "drain", "enable", "models", "rollback", "swap",
+    ]  # fmt: skip
 
 
 # --- usage ---------------------------------------------------------------------------------------
@@ -411,3 +413,138 @@ def test_help_tells_both_forms(ctl: Terminal) -> None:
 
 def test_models_is_listed_among_the_commands(ctl: Terminal) -> None:
     assert "models" in ctl.type("help").out.split()
+
+
+# --- rollback ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("line", "generation"), [("rollback a", 0), ("rollback a 17", 17)])
+def test_a_rollback_says_what_was_reached(ctl: Terminal, line: str, generation: int) -> None:
+    done = result(True, "a serves as it did in generation 17")
+    script = by_method(rollback=answer("e-1"), result=[answer(""), done])
+    assert ctl.ask(line, script) == Said(0, "a serves as it did in generation 17\n", "")
+    assert arguments_of(script.asked[0]) == ("a", generation)  # type: ignore[attr-defined]
+
+
+def test_a_rollback_that_failed_is_a_failure_in_the_listeners_words(ctl: Terminal) -> None:
+    script = by_method(rollback=answer("e-1"), result=result(False, "a was never well"))
+    assert ctl.ask("rollback a", script) == Said(1, "a was never well\n", "")
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["rollback", "rollback a 1 2", "rollback a b", "rollback a 0", "rollback a -1",
+     "rollback a 1.5", "rollback a \u0661", "rollback a 2147483648", f"rollback a {'9' * 5000}"],
+    ids=lambda line: line[:24],
+)  # fmt: skip
+def test_a_rollback_takes_a_model_and_the_number_of_a_generation(ctl: Terminal, line: str) -> None:
+    """Said before anything is asked."""
+    said = ctl.type(line)
+    assert said.status == 2
+    assert "rollback NAME GENERATION" in said.out
+
+
+def test_a_rollback_of_no_model_is_a_failure(ctl: Terminal) -> None:
+    said = ctl.ask("rollback nobody", by_method(rollback=fault(10, "BAD_NAME")))
+    assert said == Said(1, "nobody: ERROR (no such model)\n", "")
+
+
+# --- discover ------------------------------------------------------------------------------------
+
+
+class Discovery:
+    """A supervisord with a program `discover` whose log grows as it is looked at."""
+
+    def __init__(self, *said: bytes, before: bytes = b"old\n", **end: object) -> None:
+        self._said, self._log = list(said), before
+        self._end = {"state": 100, "exitstatus": 0, "spawnerr": "", "statename": "EXITED"} | end
+
+    def __call__(self, connection: socket.socket, request: bytes) -> None:
+        answers: dict[str, Callable[..., Script]] = {
+            "supervisor.tailProcessStdoutLog": self.size,
+            "supervisor.startProcess": self.start,
+            "supervisor.getProcessInfo": self.look,
+            "supervisor.readProcessStdoutLog": self.read,
+        }
+        answers[method_of(request)](*arguments_of(request))(connection, request)
+
+    def size(self, *_: object) -> Script:
+        return answer(["", len(self._log), True])
+
+    def start(self, name: str, wait: bool) -> Script:
+        assert (name, wait) == ("discover", False)
+        return answer(True)
+
+    def look(self, _: str) -> Script:
+        if not self._said:
+            return answer(self._end)
+        self._log += self._said.pop(0)
+        return answer({"state": 20})
+
+    def read(self, _: str, offset: int, length: int) -> Script:
+        try:
+            return answer(self._log[offset : offset + length].decode())
+        except UnicodeDecodeError:
+            return scripted.http(500)
+
+
+def test_a_discovery_is_shown_line_by_line_and_none_of_an_earlier_run(ctl: Terminal) -> None:
+    said = ctl.ask("discover", Discovery(b"one\ntw", b"o\n", b"no newline"))
+    assert said == Said(0, "one\ntwo\nno newline\n", "")
+
+
+def test_a_character_that_has_come_in_half_is_waited_for(ctl: Terminal) -> None:
+    said = ctl.ask("discover", Discovery(b"a \xf0\x9f", b"\x92\xa9 b\n"))
+    assert said == Said(0, "a \N{PILE OF POO} b\n", "")
+
+
+def test_a_log_longer_than_a_part_is_shown_whole(ctl: Terminal) -> None:
+    lines = [f"{number} \u00e9" for number in range(20_000)]
+    said = ctl.ask("discover", Discovery("\n".join(lines).encode()))
+    assert said.out.splitlines() == lines
+
+
+def test_what_a_discovery_says_cannot_steer_the_terminal(ctl: Terminal) -> None:
+    assert ctl.ask("discover", Discovery("a\u0085\u202eb\n".encode())).out == "a  b\n"
+
+
+@pytest.mark.parametrize(
+    ("end", "why"),
+    [({"exitstatus": 2}, "exit status 2"), ({"state": 0}, "it was stopped"),
+     ({"state": 200, "spawnerr": "cannot fork"}, "cannot fork"),
+     ({"state": 1000, "statename": "UNKNOWN"}, "UNKNOWN")],
+)  # fmt: skip
+def test_a_discovery_that_failed_is_a_failure(
+    ctl: Terminal, end: dict[str, object], why: str
+) -> None:
+    said = ctl.ask("discover", Discovery(b"cannot do it\n", **end))
+    assert said == Said(1, f"cannot do it\ndiscover: ERROR ({why})\n", "")
+
+
+def test_a_log_that_is_cut_meanwhile_is_followed_from_its_new_beginning(ctl: Terminal) -> None:
+    class Rotated(Discovery):
+        def look(self, name: str) -> Script:
+            if self._said[:1] == [b"second\n"]:
+                self._log = b""
+            return super().look(name)
+
+    assert ctl.ask("discover", Rotated(b"first\n", b"second\n")).out == "first\nsecond\n"
+
+
+def test_a_discovery_takes_no_arguments(ctl: Terminal) -> None:
+    said = ctl.type("discover now")
+    assert said.status == 2
+    assert "accepts no arguments" in said.out
+
+
+def test_without_the_program_it_says_what_to_do(ctl: Terminal) -> None:
+    said = ctl.ask("discover", fault(10, "BAD_NAME: discover"))
+    assert said.status == 1
+    assert "run `synapse discover` in a shell" in said.out
+    assert "[program:discover]" in said.out
+
+
+def test_without_a_supervisord_it_says_so_once(ctl: Terminal) -> None:
+    said = ctl.type("discover")
+    assert said.status == 1
+    assert said.out.count("does it run?") == 1

@@ -308,6 +308,25 @@ def test_a_command_about_one_model_reaches_the_listener(verb: str) -> None:
     assert call(namespace, "beat") == 0
 
 
+@pytest.mark.parametrize(("generation", "other"), [(0, ""), (1, "1"), (2**31 - 1, "2147483647")])
+def test_a_rollback_reaches_the_listener_with_its_generation(generation: int, other: str) -> None:
+    namespace = plugged(Host(a=Process()))
+    call(namespace, "rollback", "a", generation)
+    assert heard(namespace) == [("rollback", "a", other)]
+
+
+@pytest.mark.parametrize("generation", [-1, "1", "", 1.0, True, None, [1], {}])
+def test_what_is_no_generation_is_refused_at_once(generation: object) -> None:
+    namespace = plugged(Host(a=Process()))
+    assert code(namespace, "rollback", "a", generation) == Faults.INCORRECT_PARAMETERS
+    assert code(namespace, "rollback", "nobody", 0) == Faults.BAD_NAME
+    assert heard(namespace) == []
+
+
+def test_a_discovery_that_there_is_no_program_for_is_refused() -> None:
+    assert code(plugged(Host(a=Process())), "discover") == Faults.BAD_NAME
+
+
 def test_each_command_wakes_the_listener() -> None:
     woken: list[tuple[str, str]] = []
     events.subscribe(

@@ -297,3 +297,118 @@ def test_an_alias_cannot_leave_its_quotes(alias: str) -> None:
     assert len(words) == 7
     assert json.loads(words[-1])["model"] == alias
     assert line.isprintable()
+
+
+# --- what would change in a block ----------------------------------------------------------------
+
+COMMAND = (
+    "/opt/bin/synapse-run --name tiny --drain-seconds 30 -- /opt/llama-server "
+    "--model /m/tiny.gguf --ctx-size 4096 --no-mmap"
+)
+BLOCK = f"""; tiny: as configured
+[program:tiny]
+command={COMMAND}
+priority=10
+environment=A="1"
+"""
+
+
+def diff(*replaced: tuple[str, str], before: str = BLOCK) -> list[str]:
+    """The lines below the head."""
+    after = before
+    for old, new in replaced:
+        assert old in after
+        after = after.replace(old, new)
+    head, *lines = report.block_diff("tiny", before, after).split("\n")
+    assert head == "~ tiny"
+    return lines
+
+
+def test_of_a_changed_command_only_the_words_that_differ_are_shown() -> None:
+    assert diff(("4096 --no-mmap", "8192 --flash-attn on")) == [
+        "    --ctx-size 4096 → 8192",
+        "    - --no-mmap",
+        "    + --flash-attn on",
+    ]
+
+
+def test_the_launchers_words_and_the_programs_are_shown_too() -> None:
+    changed = diff(
+        ("/opt/bin/", "/usr/bin/"), ("seconds 30", "seconds 60"),
+        ("/opt/llama", "/opt/new build/llama"),
+    )  # fmt: skip
+    assert changed == [
+        "    /opt/bin/synapse-run → /usr/bin/synapse-run",
+        "    --drain-seconds 30 → 60",
+        "    /opt/llama-server → /opt/new build/llama-server",
+    ]
+
+
+def test_a_flag_of_the_launcher_is_not_taken_for_the_engines() -> None:
+    assert diff(("--no-mmap", "--no-mmap --name x")) == ["    + --name x"]
+
+
+def test_a_flag_that_stands_there_several_times_is_compared_one_by_one() -> None:
+    before = BLOCK.replace("--no-mmap", "--lora a --lora b --lora b")
+    assert diff(("--lora a", "--lora c"), before=before) == ["    --lora a → c"]
+    assert diff(("--lora b --lora b", "--lora b"), before=before) == ["    - --lora b"]
+    assert diff(("--lora a --lora b", "--lora b --lora a"), before=before) == [
+        "    command: the same words, in another order or layout"
+    ]
+
+
+def test_a_value_that_begins_with_a_dash_and_a_percent_are_shown_as_meant() -> None:
+    assert diff(("--no-mmap", "--no-mmap --gpu-layers -1 --alias 50%%")) == [
+        "    + --gpu-layers -1", "    + --alias 50%",
+    ]  # fmt: skip
+
+
+def test_other_keys_are_shown_with_both_values() -> None:
+    assert diff(("priority=10", "priority=20\nuser=me"), ('environment=A="1"\n', "")) == [
+        "    priority: 10 → 20",
+        '    - environment: A="1"',
+        "    + user: me",
+    ]
+
+
+def test_where_only_comments_differ_it_says_so() -> None:
+    assert diff(("as configured", "context 2048")) == ["    comments or layout only"]
+    assert diff(("priority=10", "priority = 10 ; first")) == ["    comments or layout only"]
+
+
+def test_what_comes_and_what_goes_is_shown_with_its_command() -> None:
+    assert report.block_diff("tiny", None, BLOCK).split("\n") == ["+ tiny", f"    {COMMAND}"]
+    assert report.block_diff("tiny", BLOCK, None).split("\n") == ["- tiny", f"    {COMMAND}"]
+
+
+def test_where_nothing_differs_nothing_is_said() -> None:
+    assert report.block_diff("tiny", BLOCK, BLOCK) == ""
+    assert report.block_diff("tiny", None, None) == ""
+
+
+def test_a_section_of_a_persons_own_is_named() -> None:
+    changed = diff(('environment=A="1"', 'environment=A="1"\n[program:other]\ncommand=/bin/cat'))
+    assert changed == ["    + [program:other]", "    + [program:other] command: /bin/cat"]
+
+
+def test_a_block_that_a_person_broke_is_shown_too() -> None:
+    lines = diff(("--no-mmap", "--no-mmap 'open"))
+    assert "'open" in "".join(lines)
+
+
+@given(st.text(max_size=80), st.text(max_size=80))
+def test_no_block_can_steer_the_terminal(before: str, after: str) -> None:
+    said = report.block_diff("tiny", before, f"[program:tiny]\ncommand={after}")
+    assert said.replace("\n", "").isprintable()
+
+
+def test_a_diff_is_coloured_on_a_terminal_only() -> None:
+    after = BLOCK.replace("4096", "8192").replace(" --no-mmap", "")
+    plain = report.block_diff("tiny", BLOCK, after)
+    with terminal(40):
+        coloured = report.block_diff("tiny", BLOCK, after)
+    assert "\x1b" not in plain
+    assert _COLOUR.search(coloured)
+    assert _COLOUR.sub("", coloured) == plain
+    with terminal(NO_COLOR="1"):
+        assert report.block_diff("tiny", BLOCK, after) == plain
