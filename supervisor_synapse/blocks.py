@@ -41,6 +41,7 @@ class Sight:
     trials: Mapping[str, Trial] = field(default_factory=dict)
     untold: frozenset[str] = frozenset()  # supervisord may hold another block than the applied one
     outdated: frozenset[str] = frozenset()  # it does
+    unadopted: frozenset[str] = frozenset()  # edited, and not yet taken note of
 
 
 class Blocks:
@@ -58,6 +59,7 @@ class Blocks:
         self._checked: Mapping[str, OnDisk] | None = None  # found fit for supervisord
         self._still_since: tuple[float, Mapping[str, OnDisk]] = (0.0, {})
         self._reread: tuple[float, object, Reread | None] = (0.0, None, None)
+        self._unadopted: frozenset[str] = frozenset()
         self._tried_at: dict[str, float] = {}
 
     def look(self, found: Registry, table: Mapping[str, Process]) -> Sight:
@@ -69,11 +71,11 @@ class Blocks:
         """
         self._read_standings()
         self._scan()
-        self._adopt(found, table)
+        unadopted = self._adopt(found, table)
         self._check_files(found)
         self._read_standings()
         outdated = self._look_at_untold(found, table)
-        return Sight(self._standings, self._trials, frozenset(found.untold), outdated)
+        return Sight(self._standings, self._trials, frozenset(found.untold), outdated, unadopted)
 
     def _read_standings(self) -> None:
         stamp = generations.stamp(self._deployment)
@@ -112,29 +114,39 @@ class Blocks:
 
     # --- edits ------------------------------------------------------------------------------------
 
-    def _adopt(self, found: Registry, table: Mapping[str, Process]) -> None:
-        """Blocks that supervisord has taken up, and that nobody of us wrote."""
-        names = [
+    def _adopt(self, found: Registry, table: Mapping[str, Process]) -> frozenset[str]:
+        """Take note of blocks that supervisord has taken up, and that nobody of us wrote; those
+        with which that failed.
+        """
+        news = [
             program.name
             for program in found.programs
             if program.name in self._on_disk
             and program.name not in found.untold
             and self._is_news(program.name, found, table.get(program.name))
         ]
-        if not names or not self._may_try("adopt"):
-            return
+        # `update` takes one after the other, and is one change: those that run still come with it.
+        is_due = any(not table[name].pid for name in news) or not self._standings
+        names = news if is_due else []
+        stamps = [(name, self._on_disk[name].digest) for name in names]
+        if not names or not self._may_try(f"adopt {stamps}"):
+            return frozenset(self._unadopted & set(names))
         held = self._held_commands()
         taken = [name for name in names if self._is_held(name, held)]
-        if taken:
-            self._do("edited blocks", partial(self._deployer.adopt, taken))
+        if not taken or self._do("edited blocks", partial(self._deployer.adopt, taken)):
+            taken = []
+        self._unadopted = frozenset(taken)
+        return self._unadopted
 
     def _is_news(self, name: str, found: Registry, process: Process | None) -> bool:
+        """Whether a block is not the applied one; of which nothing is known yet only if it is ours,
+        or does not run.
+        """
         standing, there = self._standings.get(name), self._on_disk[name].digest
         if process is None or (standing is not None and standing.digest == there):
             return False
-        if standing is None and there in found.digests().get(name, ()):
-            return True
-        return process.state is ProcessState.STOPPED and process.start == 0
+        is_ours = there in found.digests().get(name, ())
+        return standing is not None or is_ours or not process.pid
 
     def _held_commands(self) -> Mapping[str, str]:
         try:
@@ -232,13 +244,15 @@ class Blocks:
         self._tried_at[what] = now
         return True
 
-    def _do(self, what: str, change: Callable[[], object]) -> None:
+    def _do(self, what: str, change: Callable[[], object]) -> bool:
+        """Whether it was done; why not is told."""
         try:
             said = change()
         except (SynapseError, OSError, ValueError) as error:
             self._complain(f"{what}: not done", what, str(error))
-            return
+            return False
         _log.info(what, extra={"done": said if isinstance(said, str) else ""})
+        return True
 
     def _complain(self, what: str, about: str, reason: str) -> None:
         """Once a minute about the same."""

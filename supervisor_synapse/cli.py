@@ -139,7 +139,8 @@ def _discover(deployment: Deployment, arguments: argparse.Namespace) -> int:
         found = discovery.discover(deployment, _settings(deployment), rpc, arguments.force)
         _require_known(arguments.force, found)
         if not arguments.json:
-            _show_discovery(found)
+            _show_discovery(deployment, found)
+            _show_restarts(found, rpc)
     else:
         found, failed = _discover_and_apply(deployment, arguments.force, show=not arguments.json)
     if arguments.json:
@@ -161,7 +162,7 @@ def _discover_and_apply(
         found = discovery.discover(deployment, _settings(deployment), rpc, forced)
         _require_known(forced, found)
         if show:
-            _show_discovery(found)
+            _show_discovery(deployment, found)
         with contextlib.suppress(deploy.Overtaken):
             return found, deploy.apply(deployment, found, rpc, _say)
     raise ApplyError("the deployment changes all the time; run `synapse discover` again")
@@ -413,16 +414,31 @@ def _show_problems(problems: Sequence[Problem]) -> None:
         _say(f"warning: {problem}")
 
 
-def _show_discovery(found: Discovery) -> None:
+def _show_discovery(deployment: Deployment, found: Discovery) -> None:
+    from supervisor_synapse import report
+
     _show_problems(found.problems)
     changes = found.changes
-    marks = (("+", changes.added), ("~", changes.changed), ("-", changes.removed))
-    for mark, names in marks:
-        for name in names:
-            print(f"{mark} {name}")
+    for name in (*changes.added, *changes.changed, *changes.removed):
+        path, block = deployment.block(name), found.blocks.get(name)
+        before = path.read_text("utf-8", "replace") if path.exists() else None
+        print(report.block_diff(name, before, block.text if block else None))
     count = len(found.plan.programs)
     if not changes:
         print(f"{count} model{'' if count == 1 else 's'}, nothing has changed", flush=True)
+
+
+def _show_restarts(found: Discovery, rpc: Supervisord | None) -> None:
+    """What an apply would do to processes."""
+    if rpc is None or not found.changes:
+        return
+    up = {process.name for process in rpc.processes() if process.pid}
+    stays = sorted(up & {*found.changes.unchanged, *found.changes.kept})
+    for verb, names in (("restart", found.changes.changed), ("stop", found.changes.removed)):
+        affected = [name for name in names if name in up]
+        if affected:
+            print(f"would {verb}: {', '.join(affected)}")
+    print(f"would stay as they are: {len(stays)}", flush=True)
 
 
 def _discovery_json(found: Discovery, *, dry_run: bool) -> dict[str, Any]:

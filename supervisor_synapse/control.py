@@ -265,6 +265,7 @@ class Listener:
         return replace(
             seen, digest=standing.digest if standing else "", trial=sight.trials.get(name),
             is_untold=name in sight.untold, is_outdated=name in sight.outdated,
+            is_unadopted=name in sight.unadopted,
         )  # fmt: skip
 
     async def _look_at_memory(self, programs: Iterable[Program]) -> None:

@@ -244,7 +244,7 @@ def _settled(rpc: Supervisord, names: set[str], since: float) -> set[str]:
 def _failed(deployment: Deployment, found: Change, report: Report) -> tuple[str, ...]:
     """Models whose new blocks were refused or taken back."""
     known = generations.standings(deployment)
-    failed = []
+    failed = list(found.not_tried)
     for name, block in found.blocks.items():
         standing = known.get(name)
         rejection = standing.rejection(digest(block.text)) if standing else None

@@ -38,6 +38,7 @@ from supervisor_synapse.adapters.gpu import cpu
 from supervisor_synapse.adapters.header_cache import HeaderCache
 from supervisor_synapse.adapters.registry import Entry, Registry
 from supervisor_synapse.adapters.supervisord import Supervisord
+from supervisor_synapse.core.arguments import Served, parse_served
 from supervisor_synapse.core.candidates import repo_file
 from supervisor_synapse.core.catalog import Model, build_catalog, printable
 from supervisor_synapse.core.changes import Changes, Deployed, compare
@@ -65,6 +66,7 @@ from supervisor_synapse.core.plan import (
     with_rung,
 )
 from supervisor_synapse.core.settings import Settings
+from supervisor_synapse.core.trials import Rejected, Standings
 from supervisor_synapse.errors import ConfigError, ShuttingDown, TransientError
 
 _LONGEST_REASON = 400
@@ -82,6 +84,7 @@ class Change:
     earlier: Registry  # as it was
     refused: Mapping[str, tuple[render.Block, Failure]] = field(default_factory=dict)
     # changed blocks that cannot work: they are not tried
+    not_tried: tuple[str, ...] = ()  # names of these, and of those that failed before
     switched_on: tuple[str, ...] = ()  # programs that the settings enable since now
     switched_off: tuple[str, ...] = ()
 
@@ -155,7 +158,7 @@ def discover(
         links={**_links_kept(deployment, meant.plan, plan), **links},
         problems=tuple(problems), engine=engine, devices=devices,
         registry=replace(after, demo=demo, devices=kept_devices),
-        earlier=earlier, refused=meant.refused,
+        earlier=earlier, refused=meant.refused, not_tried=meant.not_tried,
         switched_on=_switched(earlier, meant.plan, on=True),
         switched_off=_switched(earlier, meant.plan, on=False),
     )  # fmt: skip
@@ -178,6 +181,7 @@ class _Meant:
     changes: Changes
     problems: tuple[Problem, ...]
     refused: Mapping[str, tuple[render.Block, Failure]]
+    not_tried: tuple[str, ...]
 
 
 def _meant(
@@ -194,8 +198,9 @@ def _meant(
     around = _surroundings(deployment, settings, engine.path)
     templates = render.Templates(deployment.templates)
     blocks, refused = _render(templates, plan.programs, around, earlier.digests())
-    blocks, told, failing = _tried(blocks, plan, deployment, engine, deployed, forced)
-    refused |= told
+    known = generations.standings(deployment)
+    blocks, not_tried, failing = _tried(blocks, plan, known, engine, deployed, forced)
+    refused |= {name: _not_tried(name, why) for name, why in not_tried.items()}
     none_found = not plan.programs
     plan = _without_refused(plan, blocks, deployed, earlier)
     unseen = _out_of_sight(plan, sight, deployed, earlier, deployment.links)
@@ -212,7 +217,8 @@ def _meant(
     if changes.removed and none_found:
         problems.append(_all_gone(changes.removed))
         changes = replace(changes, removed=(), kept=changes.kept + changes.removed)
-    return _Meant(plan, blocks, changes, tuple(problems), failing)
+    failed = tuple(name for name, why in not_tried.items() if why.failure is not None)
+    return _Meant(plan, blocks, changes, tuple(problems), failing, failed)
 
 
 _Ask = Callable[[figures.Figures, Sequence[Program]], figures.Figures]
@@ -411,35 +417,33 @@ def _render(
 def _tried(
     blocks: Mapping[str, render.Block],
     plan: Plan,
-    deployment: Deployment,
+    known: Standings,
     engine: Engine,
     deployed: Mapping[str, Deployed],
     forced: Iterable[str],
-) -> tuple[dict[str, render.Block], dict[str, Problem], dict[str, tuple[render.Block, Failure]]]:
-    """Changed blocks that may be tried; why others are not; and those that are refused only now.
+) -> tuple[dict[str, render.Block], dict[str, Rejected], dict[str, tuple[render.Block, Failure]]]:
+    """Blocks that may stand; why others are not tried; and those of them that are refused only now.
 
     A model that has nothing good to go back to is started all the same: its own failure tells more.
     """
-    known, force = generations.standings(deployment), set(forced)
+    force = set(forced)
     programs = {program.name: program for program in plan.programs}
-    kept, told, refused = {}, {}, {}
+    kept, not_tried, refused = {}, {}, {}
     for name, block in blocks.items():
-        standing, there = known.get(name), deployed.get(name)
-        named = digest(block.text)
-        is_new = there is None or there.digest != named
-        is_guarded = standing is not None and bool(standing.good) and there is not None
-        if not is_new or not is_guarded or standing is None or name in force:
+        standing, there, named = known.get(name), deployed.get(name), digest(block.text)
+        is_changed = there is not None and there.digest != named
+        rejection = None
+        if is_changed and standing is not None and standing.good and name not in force:
+            rejection = standing.rejection(named)
+            failure = None if rejection else _refusal(engine, programs[name])
+            if failure is not None:
+                rejection = Rejected(named, standing.generation, failure, was_tried=False)
+                refused[name] = (block, failure)
+        if rejection is None:
             kept[name] = block
-            continue
-        earlier = standing.rejection(named)
-        failure = _refusal(engine, programs[name]) if earlier is None else earlier.failure
-        if earlier is None and failure is None:
-            kept[name] = block
-            continue
-        told[name] = _not_tried(name, failure, is_known=earlier is not None)
-        if earlier is None and failure is not None:
-            refused[name] = (block, failure)
-    return kept, told, refused
+        else:
+            not_tried[name] = rejection
+    return kept, not_tried, refused
 
 
 def _refusal(engine: Engine, program: Program) -> Failure | None:
@@ -448,12 +452,12 @@ def _refusal(engine: Engine, program: Program) -> Failure | None:
     return Failure(FailureClass.BAD_ARGUMENT, said, time.time()) if said else None
 
 
-def _not_tried(name: str, failure: Failure | None, *, is_known: bool) -> Problem:
-    if failure is None:
-        why = "somebody went back from what synapse.conf says by command; its block stays"
-        return Problem(name, why, f"change synapse.conf, or `synapse discover --force {name}`")
-    words = f"{failure.failure_class.value}: {failure.message}"
-    when = "failed before" if is_known else "cannot work"
+def _not_tried(name: str, why: Rejected) -> Problem:
+    if why.failure is None:
+        words = "somebody went back from what synapse.conf says by command; its block stays"
+        return Problem(name, words, f"change synapse.conf, or `synapse discover --force {name}`")
+    words = f"{why.failure.failure_class.value}: {why.failure.message}"
+    when = "failed before" if why.was_tried else "cannot work"
     return Problem(
         name, f"what synapse.conf says now {when}, and is not tried: {words}; its block stays",
         f"change it, or `synapse discover --force {name}`",
@@ -741,8 +745,20 @@ def as_edited(
         model, said = models.get(program.key), arguments.get(program.key)
         if model is not None and said is not None:
             edited = as_it_runs(program, as_configured(model, said, world))
-            found[program.name] = replace(edited, rung=0, reason="edited by hand, see its block")
+            served = _served(program, texts[program.name])
+            found[program.name] = replace(
+                edited, rung=0, reason="edited by hand, see its block", host=served.host,
+                port=served.port, alias=served.alias,
+            )  # fmt: skip
     return found
+
+
+def _served(program: Program, text: str) -> Served:
+    """Where a block has its server answer."""
+    planned = Served(
+        program.host, program.port, program.alias, program.context, program.parallel, None, 0
+    )
+    return parse_served(command_words(text), planned) or planned
 
 
 def _as_applied(deployment: Deployment, earlier: Registry) -> tuple[World, dict[str, Model]]:

@@ -206,6 +206,8 @@ def roll_back(
         tell = Supervisord(deployment.socket).is_up()
         step = commits.Step(registry=after, written=(kept,))
         commits.commit(deployment, step, generation, tell=tell)
+        if tell:
+            _tell(deployment, Supervisord(deployment.socket), (name,))
         return _said(name, generation)
 
 

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from supervisor_synapse.core.model import Failure, FailureClass, Phase, ProcessState
+from supervisor_synapse.core.restarts import Restarts
 from supervisor_synapse.core.state import (
     Action,
     Bless,
@@ -56,7 +57,7 @@ def roll_out(
 def holds_back(one: Seen, state: ModelState, now: Now) -> bool:
     """Whether a model must not start yet, since another block is on its way to supervisord."""
     asked = state.back_at if fails(one, state) is not None else state.untold_at
-    is_held = one.is_untold or fails(one, state) is not None
+    is_held = one.is_untold or one.is_unadopted or fails(one, state) is not None
     return is_held and (asked is None or now.monotonic - asked < _HELD_SECONDS)
 
 
@@ -66,7 +67,7 @@ def fails(one: Seen, state: ModelState) -> Failure | None:
     if trial is None or trial.former is None:
         return None
     if trial.rejection is not None and trial.rejection.failure is not None:
-        return trial.rejection.failure
+        return replace(trial.rejection.failure, at=0.0)
     others = [(name, kind) for name, kind in trial.broken if name != one.name]
     if len(others) >= SEVERAL:
         names = ", ".join(name for name, _ in others)
@@ -91,12 +92,12 @@ def going_back(one: Seen, state: ModelState, failure: Failure, now: Now) -> Mode
     reason = f"{words}; goes back to generation {generation}"
     if state.phase in _GAVE_WAY or state.phase in (Phase.PENDING, Phase.DEFERRED):
         state = replace(state, phase=Phase.PENDING, reason=reason)
-    return replace(state, back_at=now.monotonic)
+    return replace(state, back_at=now.monotonic, renewed_at=now.monotonic, retries=Restarts())
 
 
 def _noted(one: Seen, state: ModelState, now: Now) -> ModelState:
     """Since when another block waits; and that a model which was out for one is back."""
-    if not one.is_untold:
+    if not (one.is_untold or one.is_unadopted):
         state = replace(state, untold_at=None, renewed_at=None)
     elif state.untold_at is None:
         state = replace(state, untold_at=now.monotonic)

@@ -43,6 +43,7 @@ class Seen:
     trial: Trial | None = None  # while that has not proved itself
     is_untold: bool = False  # supervisord may hold another block than the applied one
     is_outdated: bool = False  # it does
+    is_unadopted: bool = False  # its block was edited, and that is not yet taken note of
 
     @property
     def is_fresh(self) -> bool:

@@ -237,9 +237,7 @@ def test_an_edit_that_works_is_kept_and_proves_itself(at: Deployment) -> None:
 def test_a_context_that_cannot_fit_goes_back(at: Deployment) -> None:
     """By settings and by hand: the numbers are told, and the former context serves."""
     former = Former(at, "beta")
-    block(at, "beta").write_text(
-        re.sub(r"--ctx-size \d+", "--ctx-size 2000000000", former.text)
-    )
+    block(at, "beta").write_text(re.sub(r"--ctx-size \d+", "--ctx-size 2000000000", former.text))
     at.ctl("update")
     row = former.serves_again()
     assert row["last_failure"]["class"] == "out-of-memory"
