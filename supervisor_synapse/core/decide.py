@@ -26,7 +26,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import assert_never
 
-from supervisor_synapse.core import restarts
+from supervisor_synapse.core import failover, restarts
 from supervisor_synapse.core.act import act
 from supervisor_synapse.core.failures import PERMANENT, REFUSED_STATUS, Ending, classify
 from supervisor_synapse.core.model import (
@@ -68,7 +68,7 @@ def decide(
 
 
 def _judge(before: ModelState | None, seen: Seen, now: Now, policy: Policy) -> ModelState:
-    state = _by_process(before, seen, now, policy)
+    state = failover.of_both(before, _by_process(before, seen, now, policy), seen.claim)
     if seen.is_leaving and seen.incarnation is None and state.phase in AT_REST:
         return _in(state, Phase.VERIFYING, "its run is over")
     return state
@@ -100,6 +100,9 @@ def _of_run(state: ModelState, seen: Seen, now: Now) -> ModelState:
         is_moved = state.failed_run != 0 and state.moved_run == state.failed_run
         at = state.replaced_at
         is_replaced = at is not None and now.monotonic - at <= _REPLACED_SECONDS
+        is_replaced = is_replaced or state.target_rung == seen.claim.rung
+        if is_replaced and state.failover is not None:  # it may have to wait for long
+            return replace(state, incarnation=None, failed_run=0)
         if is_new or is_moved or is_replaced:
             return state
         return ModelState(resume=state.resume, asked_at=state.asked_at)
@@ -113,6 +116,7 @@ def _of_run(state: ModelState, seen: Seen, now: Now) -> ModelState:
         is_by_hand=state.is_by_hand if _is_ours(state, now) else not seen.enabled,
         retries=restarts.on_start(state.retries), resume=False, drain=False, idle_since=None,
         roomy_since=None, is_refused=False, evicted_for="",
+        is_wanted_itself=failover.is_asked_for(state),
     )  # fmt: skip
 
 
@@ -209,9 +213,8 @@ def _ready(state: ModelState, seen: Seen, now: Now, policy: Policy) -> ModelStat
     if state.drain:
         return _in(ready, Phase.DRAINING, "stops when it is idle")
     when = "answers" if seconds is None else f"answered {seconds:.1f} s after its start"
-    if seen.claim.rung:
-        when = f"{when}; stepped down to {seen.claim.deployed.label}"
-    return _in(ready, Phase.READY, when)
+    ready = failover.in_service(ready, seen.claim)
+    return _in(ready, Phase.READY, when + failover.who_serves(ready, seen.claim))
 
 
 def _unhealthy(state: ModelState, kind: FailureClass, seen: Seen, now: Now) -> ModelState:
@@ -222,7 +225,7 @@ def _unhealthy(state: ModelState, kind: FailureClass, seen: Seen, now: Now) -> M
 
 def _stopping(state: ModelState, seen: Seen) -> ModelState:
     phase = Phase.DRAINING if seen.busy else Phase.STOPPING
-    return _in(replace(state, ready_at=None), phase, "a stop was asked for")
+    return _in(replace(state, ready_at=None), phase, failover.why_stopped(state))
 
 
 def _ended(state: ModelState, seen: Seen, now: Now, policy: Policy) -> ModelState:

@@ -37,12 +37,30 @@ class Seen:
     is_leaving: bool = False  # its last run is over, and what it left is being looked for
     residue: str = ""  # what its last run left behind for good
     is_asleep: bool = False
+    is_swapped: bool = False  # with another, at the moment
+    own_stamp: int = 0  # of its own files and arguments, whatever serves; 0: nobody looked
     claim: Claim = field(default_factory=Claim)  # on memory
 
     @property
     def is_fresh(self) -> bool:
         """Never started since supervisord knows this program."""
         return self.run == 0
+
+
+@dataclass(frozen=True, slots=True)
+class Failover:
+    """A model was given up, and its fallback serves; or it is on trial after that."""
+
+    rung: int  # of the model itself, to which it returns
+    why: str  # it was given up
+    failure: Failure | None  # of the model itself
+    stamp: int  # of its files and arguments, then
+    trial_at: float | None  # None: not before something has changed
+    trials: int = 0  # that failed
+    trial: str = ""  # why it is tried, while it is
+    new_stamp: int = 0  # where its files or arguments have changed
+    changed_at: float | None = None
+    retries: Restarts = field(default_factory=Restarts)  # of the model itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +97,8 @@ class ModelState:
     falls: int = 0  # rungs it was driven down by running out of memory
     is_refused: bool = False  # for want of memory, until it is started by hand or enabled
     evicted_for: str = ""  # who got its memory, while it is on its way out
+    failover: Failover | None = None
+    is_wanted_itself: bool = False  # by a command, or by whoever started it, and not its fallback
 
 
 @dataclass(frozen=True, slots=True)
