@@ -321,9 +321,11 @@ def _transitions(
 ) -> Iterable[Transition]:
     for name, state in after.items():
         earlier = before.get(name)
-        if earlier is None or earlier.phase is not state.phase:
+        is_given_up = failover.begins(earlier, state)
+        if earlier is None or earlier.phase is not state.phase or is_given_up:
             is_new = earlier is not None and state.last_failure != earlier.last_failure
-            failure = state.last_failure if is_new or state.phase in _AFTER_FAILURE else None
+            is_told = is_new or is_given_up or state.phase in _AFTER_FAILURE
+            failure = state.last_failure if is_told else None
             yield Transition(
                 name, earlier.phase if earlier else None, state.phase, state.reason,
                 state.incarnation, failure,

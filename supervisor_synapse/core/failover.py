@@ -331,6 +331,13 @@ def _in_its_place(claim: Claim) -> str:
     return f"{claim.rungs[-1].label} serves in its place"
 
 
+def begins(before: ModelState | None, after: ModelState) -> bool:
+    """Whether a model was given up just now; that is told also where its phase is the same."""
+    if after.failover is None or after.failover.trial or after.phase is not Phase.PENDING:
+        return False
+    return before is None or before.failover is None or bool(before.failover.trial)
+
+
 def of_both(before: ModelState | None, state: ModelState, claim: Claim) -> ModelState:
     """Where the fallback fails too, both reasons are said."""
     is_new = before is None or before.phase is not state.phase
