@@ -177,7 +177,7 @@ def _why_given_up(state: ModelState, policy: Policy) -> tuple[str, bool]:
         return f"no memory for its trial: {state.reason}", False
     kind = failure.failure_class
     if kind in PERMANENT:
-        return f"{kind.value}; a retry cannot help", True
+        return kind.value, True
     if state.failover is not None:
         return f"{kind.value}; failed its trial", False
     count, seconds = policy.restart.intensity, policy.restart.period_seconds

@@ -49,12 +49,17 @@ fallback = spare
 """
 
 
+def add(at: Deployment) -> None:
+    """A model, and a smaller one as its fallback."""
+    at.add("main", layers=4, feed_forward=512)
+    at.add("spare", layers=1, feed_forward=64)
+
+
 @contextlib.contextmanager
 def ready() -> Iterator[Deployment]:
-    """A model with a smaller one as its fallback, ready."""
+    """A model that is ready, and has a fallback."""
     with deployed(SETTINGS) as deployment:
-        deployment.add("main", layers=4, feed_forward=512)
-        deployment.add("spare", layers=1, feed_forward=64)
+        add(deployment)
         deployment.discover_first()
         deployment.start_supervisord()
         deployment.wait_for({"main": "ready"})
@@ -197,6 +202,22 @@ def test_a_model_whose_file_is_corrupt_is_stood_in_for_until_the_file_is_mended(
         put_in_place(file_of(at), good)
         assert chat(await_serving(at, "main", promised(20)))
         assert any("files or arguments have changed" in reason for reason in reasons(at))
+
+
+def test_a_wrong_argument_that_was_mended_hands_back_and_other_discoveries_change_nothing() -> None:
+    with deployed(f"{SETTINGS}args = --no-such-flag") as at:
+        add(at)
+        at.discover_first()
+        at.start_supervisord()
+        row = await_serving(at, "spare", promised(20))
+        assert row["last_failure"]["class"] == "bad-argument"
+        pid = row["pid"]
+        changes = at.discover()["changes"]
+        assert (changes["added"], changes["changed"], changes["removed"]) == ([], [], [])
+        assert holds_for(lambda: at.rows()["main"]["pid"] == pid, 3)
+        at.configure(SETTINGS)
+        at.discover()
+        assert chat(await_serving(at, "main", promised(20)))
 
 
 def test_started_by_hand_after_a_stop_the_model_itself_is_tried() -> None:

@@ -75,12 +75,16 @@ class Simulated:
     busy: bool = False
     movable: bool = True
     priority: int = 10
+    seconds: float = 0.0  # that a load, a stop and looking after it each take
     rung: int = 0
     stamp: int = 1  # of its own files and arguments
     state: ProcessState = ProcessState.STOPPED
     pid: int = 0
     run: int = 0
     ending: Ending | None = None
+    began: float = 0.0
+    stop_at: float = 0.0
+    ended_at: float = -1000.0
 
     @property
     def is_on_fallback(self) -> bool:
@@ -129,10 +133,12 @@ class World:
             for n, size in enumerate(one.sizes)
         )
         held = ((DEVICE, one.sizes[one.rung]),) if one.pid else ()
+        is_loading = self.at - one.began < one.seconds
         return Seen(
             name, one.enabled, "by settings", one.state,
             Incarnation(one.pid, one.run) if one.pid else None, one.run,
-            verdict=Verdict.READY if one.pid else Verdict.UNKNOWN, busy=one.busy,
+            verdict=_verdict(one, is_loading=is_loading), busy=one.busy,
+            is_leaving=not one.pid and self.at - one.ended_at < one.seconds,
             ending=one.ending, is_swapped=one.swapped, own_stamp=one.stamp,
             file_stamp=0 if one.pid else (99 if one.is_on_fallback else one.stamp),
             claim=Claim(rungs, one.rung, held, one.priority, fallback=one.fallback),
@@ -140,6 +146,9 @@ class World:
 
     def turn(self, seconds: float = TURN_SECONDS) -> None:
         self.at += seconds
+        for name, one in self.models.items():
+            if one.state is ProcessState.STOPPING and self.at >= one.stop_at:
+                self.end(name)
         taken = sum(one.sizes[one.rung] for one in self.models.values() if one.pid)
         free = max(self.total - taken - self.stranger, 0)
         policy = Policy(
@@ -168,9 +177,10 @@ class World:
             case Stop():
                 assert not (one.busy and one.enabled), "a busy model is not stopped for others"
                 assert action.reason
-                one.pid, one.state = 0, ProcessState.STOPPED
+                self.stop(action.name)
             case SetRung(rung=rung):
                 assert not one.pid, "only what does not run is replaced"
+                assert self.at - one.ended_at >= one.seconds, "it is not verified to be gone"
                 if one.movable and rung != one.rung:
                     one.rung, one.run, one.state, one.ending = rung, 0, ProcessState.STOPPED, None
             case MovePort() | Kill():
@@ -179,21 +189,32 @@ class World:
     def start(self, name: str = "a") -> None:
         """By whomever."""
         one = self.models[name]
-        one.run = int(self.at * 10)
+        assert self.at - one.ended_at >= one.seconds, "what its last run left may be there"
+        one.run, one.began = int(self.at * 10), self.at
         log = one.fallback_fails if one.is_on_fallback else one.fails
         if log:
             one.state, one.ending = ProcessState.EXITED, Ending(1, log)
+            one.ended_at = self.at
             return
         one.pid, one.state, one.ending = one.run, ProcessState.RUNNING, None
 
     def stop(self, name: str = "a") -> None:
-        """By hand."""
+        """By whomever; it takes a while."""
         one = self.models[name]
-        one.pid, one.state = 0, ProcessState.STOPPED
+        if one.pid and one.state is not ProcessState.STOPPING:
+            one.state, one.stop_at = ProcessState.STOPPING, self.at + one.seconds
+            if not one.seconds:
+                self.end(name)
+
+    def end(self, name: str) -> None:
+        """It has stopped."""
+        one = self.models[name]
+        one.pid, one.state, one.ended_at = 0, ProcessState.STOPPED, self.at
 
     def crash(self, name: str = "a") -> None:
         one = self.models[name]
         one.pid, one.state, one.ending = 0, ProcessState.EXITED, Ending(1, CRASH)
+        one.ended_at = self.at
 
     def enable(self, name: str = "a", enabled: bool = True) -> None:
         """By command, as commands.py takes it."""
@@ -229,6 +250,12 @@ class World:
 
     def count(self, kind: type[Action], since: float = 0.0) -> int:
         return sum(isinstance(action, kind) for at, action in self.actions if at >= since)
+
+
+def _verdict(one: Simulated, *, is_loading: bool) -> Verdict:
+    if one.state is not ProcessState.RUNNING:
+        return Verdict.UNKNOWN
+    return Verdict.LOADING if is_loading else Verdict.READY
 
 
 def world(one: Simulated | None = None, **more: Simulated) -> World:
@@ -530,7 +557,7 @@ def test_where_the_fallback_is_given_up_too_both_reasons_are_said() -> None:
     at = world(Simulated(fails=CORRUPT, fallback_fails=CRASH)).run(25)
     assert at.state.phase is Phase.FAILED
     assert at.state.reason.startswith("fallback spare: crashed; 3 failures within 60 s")
-    assert at.state.reason.endswith("itself: model-corrupt; a retry cannot help")
+    assert at.state.reason.endswith("itself: model-corrupt")
     assert at.count(Start) == 1 + RESTART.intensity
 
 
@@ -563,7 +590,7 @@ EVENTS = st.sampled_from(
 def _happen(at: World, event: str) -> None:
     one = at.a
     match event:
-        case "crash" if one.pid:
+        case "crash" if one.state is ProcessState.RUNNING:
             at.crash()
         case "break" | "corrupt" | "starve" | "mend":
             logs = {"break": CRASH, "corrupt": CORRUPT, "starve": OOM, "mend": ""}
@@ -576,7 +603,7 @@ def _happen(at: World, event: str) -> None:
             one.busy = event == "busy"
         case "stop" if one.pid:
             at.stop()
-        case "start" if not one.pid:
+        case "start" if not one.pid and at.at - one.ended_at >= one.seconds:
             at.start()
         case "enable" | "disable":
             at.enable(enabled=event == "enable")
@@ -602,13 +629,17 @@ def _happen(at: World, event: str) -> None:
 @given(
     when_full=st.sampled_from(WhenFull),
     sizes=st.sampled_from([(4, 1), (4, 2, 1), (9, 4, 2, 1)]),
+    seconds=st.sampled_from([0.0, 4.0]),
     events=st.lists(st.tuples(EVENTS, st.integers(1, 30)), max_size=14),
 )
 def test_whatever_happens_a_model_that_is_well_serves_itself_in_the_end(
-    when_full: WhenFull, sizes: tuple[int, ...], events: Sequence[tuple[str, int]]
+    when_full: WhenFull,
+    sizes: tuple[int, ...],
+    seconds: float,
+    events: Sequence[tuple[str, int]],
 ) -> None:
     """No restart storm and no busy model cut on the way; each transition has a reason."""
-    at = World({"a": Simulated(sizes=sizes)}, when_full, total=10)
+    at = World({"a": Simulated(sizes=sizes, seconds=seconds)}, when_full, total=10)
     at.turn()
     for event, turns in events:
         _happen(at, event)
@@ -619,9 +650,9 @@ def test_whatever_happens_a_model_that_is_well_serves_itself_in_the_end(
         assert storm <= 2 + turns * TURN_SECONDS / 3 + 2 * RESTART.intensity
     at.stranger, at.a.busy, at.a.fails, at.a.fallback_fails = 0, False, "", ""
     at.a.swapped, at.a.movable = False, True
+    at.run(10)
     at.enable()
-    if at.a.state is ProcessState.STOPPED and at.a.run:
-        at.start()
+    at.turn()
     at.run(COOLDOWN_SECONDS * 64 * 2 + 400, step=5.0)
     assert at.a.serves == "itself"
     assert at.a.rung == 0
