@@ -18,6 +18,8 @@ observation tells.
                          the breaker is open                failed, until the cooldown is over
                          the wait is not over               backoff
                          the wait is over                   pending
+
+A model that failed and has a fallback is pending again at once, with that (failover.py).
 """
 
 from __future__ import annotations

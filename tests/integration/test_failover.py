@@ -236,6 +236,17 @@ def test_started_by_hand_after_a_stop_the_model_itself_is_tried() -> None:
         await_serving(at, "main", promised(20))
 
 
+def test_after_a_restart_of_everything_the_model_itself_is_tried() -> None:
+    with ready() as at:
+        good = spoil(at)
+        await_serving(at, "spare", promised(20))
+        at.down()
+        put_in_place(file_of(at), good)
+        at.start_supervisord()
+        row = await_serving(at, "main", promised(20))
+        assert "trial" not in row["reason"]
+
+
 @pytest.mark.timeout(300)
 def test_a_listener_killed_in_each_of_these_states_carries_on() -> None:
     with ready() as at:
