@@ -117,7 +117,7 @@ def _of_run(state: ModelState, seen: Seen, now: Now) -> ModelState:
         condemned=None, killed_at=None, moved_run=0, failed_run=0, phase=Phase.PENDING,
         is_by_hand=state.is_by_hand if _is_ours(state, now) else not seen.enabled,
         retries=restarts.on_start(state.retries), resume=False, drain=False, idle_since=None,
-        roomy_since=None, is_refused=False, evicted_for="",
+        roomy_since=None, is_refused=False, evicted_for="", replaced_at=None,
         is_wanted_itself=failover.is_asked_for(state),
     )  # fmt: skip
 

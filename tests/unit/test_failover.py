@@ -504,7 +504,6 @@ def test_disabled_it_stops_and_enabled_again_it_is_tried_itself_without_its_fall
 
 def test_after_a_restart_of_everything_the_model_itself_is_tried() -> None:
     at = failed_over(CORRUPT)
-    at.run(40)
     at.restart_supervisord()
     at.a.fails = ""
     at.run_until_serves("itself", 6)
