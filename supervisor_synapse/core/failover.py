@@ -148,7 +148,7 @@ def _is_given_up(one: Seen, state: ModelState, now: Now) -> bool:
         return False
     if not one.enabled or state.target_rung is not None or now.monotonic < state.immovable_until:
         return False
-    if one.incarnation is not None or one.is_leaving:
+    if one.incarnation is not None:
         return False
     if state.failover is not None:  # on trial, which is over with one failure
         return state.phase in (Phase.BACKOFF, Phase.FAILED, Phase.DEFERRED)
@@ -252,7 +252,7 @@ def _rung_with_room(
 
 
 def _is_at_rest(one: Seen, state: ModelState, now: Now) -> bool:
-    if one.incarnation is not None or one.is_leaving or state.phase not in _IDLES:
+    if one.incarnation is not None or state.phase not in _IDLES:
         return False
     is_asked = state.asked_at is not None and now.monotonic - state.asked_at < _START_SECONDS
     return not (is_asked and state.phase in (Phase.PENDING, Phase.DEFERRED))

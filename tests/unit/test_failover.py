@@ -346,10 +346,10 @@ def test_a_model_on_a_lower_rung_for_want_of_memory_fails_over_from_there_and_ba
     at.a.fails = CORRUPT
     at.crash()
     at.run_until_serves("spare", 10)
+    at.stranger = 0
     at.a.fails, at.a.stamp = "", 2
     at.run_until_serves("itself", 20)
     assert at.a.rung == 1
-    at.stranger = 0
     at.run(HEALTHY_SECONDS + 40)  # when it is well it climbs as ever
     assert at.a.rung == 0
 
@@ -384,6 +384,7 @@ def test_one_failure_on_trial_and_the_fallback_serves_again_with_no_wait() -> No
     at = failed_over()
     at.a.fails = ""
     at.run_until_serves("itself", COOLDOWN_SECONDS + 5)
+    assert at.state.retries.is_trial
     at.run(HEALTHY_SECONDS / 2)
     at.crash()
     at.run_until_serves("spare", 6)
@@ -431,6 +432,19 @@ def test_room_that_was_lost_on_the_way_brings_the_fallback_back() -> None:
     assert at.state.last_failure.failure_class is FailureClass.CRASHED
     at.stranger = 0
     at.run_until_serves("itself", COOLDOWN_SECONDS * 2 + 6)
+
+
+def test_a_ladder_that_ends_on_the_fallback_puts_the_trial_off() -> None:
+    at = failed_over(when_full=WhenFull.DEGRADE)
+    at.a.fails = ""
+    while not at.count(Stop):
+        at.turn()
+    at.stranger = at.total - 2
+    since = at.at
+    at.run_until_serves("spare", 10)
+    at.stranger = 0
+    at.run_until_serves("itself", COOLDOWN_SECONDS * 2 + 12)
+    assert at.at - since >= COOLDOWN_SECONDS * 2
 
 
 @pytest.mark.parametrize("kind", PERMANENT_LOGS, ids=lambda kind: str(kind.value))
@@ -539,6 +553,28 @@ def test_one_model_at_a_time_hands_back() -> None:
         assert at.count(Stop) - stops <= 1
         assert sum(not one.pid for one in at.models.values()) <= 1
     assert [one.serves for one in at.models.values()] == ["itself"] * 3
+
+
+def test_a_listener_killed_before_it_asked_for_the_fallback_is_followed_by_one_that_does() -> None:
+    at = world(Simulated(fails=CORRUPT))
+    at.turn()
+    at.forgets_actions = True
+    at.turn()
+    assert at.state.target_rung == 1
+    at.forgets_actions = False
+    at.replace_listener()
+    at.run_until_serves("spare", 6)
+    assert "model-corrupt" in at.state.reason
+
+
+def test_a_listener_killed_after_it_asked_for_the_fallback_leaves_all_that_is_known() -> None:
+    at = world(Simulated(fails=CORRUPT))
+    while not at.count(SetRung):
+        at.turn()
+    assert at.a.is_on_fallback
+    at.replace_listener()
+    at.run_until_serves("spare", 6)
+    assert "model-corrupt" in at.state.reason
 
 
 # --- the fallback itself -------------------------------------------------------------------------
