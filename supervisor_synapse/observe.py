@@ -29,7 +29,7 @@ from supervisor_synapse.core import failover, probes
 from supervisor_synapse.core.arguments import Served, parse_served
 from supervisor_synapse.core.estimate import HOST
 from supervisor_synapse.core.failures import Ending
-from supervisor_synapse.core.ladder import name_of
+from supervisor_synapse.core.ladder import fallback_of, name_of
 from supervisor_synapse.core.load_log import Loaded, is_on_host, parse_load
 from supervisor_synapse.core.model import Device, Health, Incarnation, ProcessState, Program
 from supervisor_synapse.core.probes import Liveness, Verdict
@@ -481,7 +481,7 @@ class Observer:
     async def _own_stamp(self, program: Program, process: Process, state: ModelState | None) -> int:
         """Of what a model with a fallback would itself be served with, where it is given up."""
         is_given_up = state is not None and state.failover is not None
-        if not program.ladder or not (is_given_up or process.state in _ENDED):
+        if not fallback_of(program) or not (is_given_up or process.state in _ENDED):
             return 0
         rung = min(failover.own_rung(state, program.rung), len(program.ladder) - 1)
         variant = program.ladder[rung]

@@ -434,6 +434,15 @@ def test_room_that_was_lost_on_the_way_brings_the_fallback_back() -> None:
     at.run_until_serves("itself", COOLDOWN_SECONDS * 2 + 6)
 
 
+def test_where_others_may_be_evicted_they_make_room_for_the_trial() -> None:
+    low = Simulated(sizes=(4,), fallback="", priority=30)
+    at = World({"a": Simulated(fails=CRASH, sizes=(6, 1)), "low": low}, WhenFull.EVICT, total=8)
+    at.run_until_serves("spare", 40)
+    at.a.fails = ""
+    at.run_until_serves("itself", COOLDOWN_SECONDS + 10)
+    assert at.states["low"].phase is Phase.DEFERRED
+
+
 def test_a_ladder_that_ends_on_the_fallback_puts_the_trial_off() -> None:
     at = failed_over(when_full=WhenFull.DEGRADE)
     at.a.fails = ""
