@@ -75,7 +75,7 @@ class Commands:
             wants = swap.wants(program.name)
             if wants is not None:
                 other = swap.old if program.name == swap.new else swap.new
-                return Wanted(wants, f"is being swapped with {other}")
+                return Wanted(wants, f"is being swapped with {other}", is_swapped=True)
         return self._wanted_for_itself(program)
 
     def _wanted_for_itself(self, program: Program) -> Wanted:
@@ -154,8 +154,9 @@ class Commands:
                 enable = request.verb == "enable"
                 self._save_intent({**self._intent, name: enable}, programs)
                 states = _with(
-                    states, name, resume=enable, is_by_hand=False, drain=False, is_refused=False
-                )
+                    states, name, resume=enable, is_by_hand=False, drain=False, is_refused=False,
+                    is_wanted_itself=enable,
+                )  # fmt: skip
                 return states, Answer(request.id, True, f"{name}: {request.verb}d")
             case "drain":
                 if _phase(states, name) in _NOT_SERVING:

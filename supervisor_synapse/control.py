@@ -29,6 +29,7 @@ from supervisor_synapse.adapters.registry import Registry
 from supervisor_synapse.adapters.supervisord import Process, Supervisord
 from supervisor_synapse.blocks import Blocks, Sight
 from supervisor_synapse.commands import Answer, Commands
+from supervisor_synapse.core import failover
 from supervisor_synapse.core.admission import Ledger
 from supervisor_synapse.core.decide import decide
 from supervisor_synapse.core.model import (
@@ -47,6 +48,7 @@ from supervisor_synapse.core.state import (
     Now,
     Policy,
     Seen,
+    SetRung,
     Stop,
     Transition,
 )
@@ -112,7 +114,7 @@ class Listener:
         self._blocks = Blocks(deployment, self._rpc, deployer)
         self._blocks_seen = Sight()
         self._commands = Commands(deployment, self._fits, deployer.roll_back_to)
-        self._states = self._commands.take_up(self._states)
+        self._states = self._commands.take_up(failover.taken_up(self._states))
         self._published: tuple[float, tuple[Row, ...] | None] = (0.0, None)
         self._has_requests = True  # perhaps, from before
         self._looked_at = time.monotonic()
@@ -340,8 +342,8 @@ class Listener:
         return await self._memory.tell(found, claims, up.values(), counted)
 
     async def _act(self, decision: Decision) -> None:
-        if self._saving and any(_is_for_a_while(action, decision) for action in decision.actions):
-            await self._saving  # else it would look stopped by hand to a listener after this one
+        if any(_is_for_a_while(action, decision) for action in decision.actions):
+            await self._remembered()  # else it would look stopped by hand to a listener after this
         for action in decision.actions:
             refusal = await self._call(partial(self._effects.perform, action))
             if refusal:
@@ -360,6 +362,15 @@ class Listener:
         """
         if self._saving is None and self._states != self._saved:
             self._saving = asyncio.create_task(self._save(self._states))
+
+    async def _remembered(self) -> None:
+        """What is known now stands on the disk, unless that does not take it."""
+        for _ in range(2):  # the first may be of what was known before
+            if self._saving is not None:
+                await self._saving
+            self._remember()
+        if self._saving is not None:
+            await self._saving
 
     async def _save(self, current: Mapping[str, ModelState]) -> None:
         try:
@@ -438,8 +449,8 @@ class Listener:
 
 
 def _is_for_a_while(action: Action, decision: Decision) -> bool:
-    """Whether a model is stopped that shall come back by itself."""
-    return isinstance(action, Stop) and decision.states[action.name].resume
+    """Whether a model is stopped or replaced that shall come back by itself."""
+    return isinstance(action, Stop | SetRung) and decision.states[action.name].resume
 
 
 def _is_strange(state: ModelState) -> bool:
@@ -481,7 +492,8 @@ def _row(
     now: float,
 ) -> Row:
     served = watched.served if watched else planned(program)
-    retry_at = state.retries.retry_at if state.phase in (Phase.BACKOFF, Phase.FAILED) else None
+    is_waiting = state.phase in (Phase.BACKOFF, Phase.FAILED)
+    retry_at = state.retries.retry_at if is_waiting else failover.next_trial_at(state)
     return Row(
         name=program.name, repo=program.repo, file=program.file, tier=program.tier,
         role=program.role, enabled=seen.enabled, phase=state.phase,

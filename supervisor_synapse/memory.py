@@ -25,7 +25,7 @@ from supervisor_synapse.adapters.deployment import Deployment
 from supervisor_synapse.adapters.footprints import Footprints
 from supervisor_synapse.adapters.gpu import cpu, drivers
 from supervisor_synapse.adapters.registry import Registry
-from supervisor_synapse.core import admission
+from supervisor_synapse.core import admission, ladder
 from supervisor_synapse.core.admission import Claim, Ledger, Rung
 from supervisor_synapse.core.estimate import HOST
 from supervisor_synapse.core.load_log import Loaded
@@ -207,7 +207,7 @@ class Memory:
         return Claim(
             rungs=rungs, rung=min(program.rung, len(rungs) - 1),
             held=self._held_by(program.name, incarnation), priority=program.priority,
-            is_pinned=program.pinned,
+            is_pinned=program.pinned, fallback=ladder.fallback_of(program),
         )  # fmt: skip
 
     def measured(self, program: Program, incarnation: Incarnation | None) -> int | None:

@@ -25,10 +25,11 @@ from supervisor_synapse.adapters.gpu import drivers
 from supervisor_synapse.adapters.gpu.readings import Reading
 from supervisor_synapse.adapters.http import Endpoint, Prober
 from supervisor_synapse.adapters.supervisord import Process
-from supervisor_synapse.core import probes
+from supervisor_synapse.core import failover, probes
 from supervisor_synapse.core.arguments import Served, parse_served
 from supervisor_synapse.core.estimate import HOST
 from supervisor_synapse.core.failures import Ending
+from supervisor_synapse.core.ladder import fallback_of, name_of
 from supervisor_synapse.core.load_log import Loaded, is_on_host, parse_load
 from supervisor_synapse.core.model import Device, Health, Incarnation, ProcessState, Program
 from supervisor_synapse.core.probes import Liveness, Verdict
@@ -75,6 +76,7 @@ class Wanted:
 
     enabled: bool
     why: str
+    is_swapped: bool = False
 
 
 @dataclass(slots=True)
@@ -166,7 +168,10 @@ class Observer:
             self._note_drain(program.name, states)
         await self._await_first_answers()
         return [
-            await self._see(program, found[program.name], wanted[program.name]) for program in known
+            await self._see(
+                program, found[program.name], wanted[program.name], states.get(program.name)
+            )
+            for program in known
         ]
 
     def forgive(self, seconds: float) -> None:
@@ -431,7 +436,9 @@ class Observer:
 
     # --- what was seen ----------------------------------------------------------------------------
 
-    async def _see(self, program: Program, process: Process, wanted: Wanted) -> Seen:
+    async def _see(
+        self, program: Program, process: Process, wanted: Wanted, state: ModelState | None
+    ) -> Seen:
         watched, leaving = self._watched.get(program.name), self._leaving.get(program.name)
         files = [
             path for path in (program.model_path, *program.shards, program.projector_path) if path
@@ -449,6 +456,7 @@ class Observer:
             is_leaving=leaving is not None and not leaving.is_over,
             residue=leaving.residue if leaving is not None else "",
             is_asleep=watched is not None and watched.live.is_asleep,
+            is_swapped=wanted.is_swapped, own_stamp=await self._own_stamp(program, process, state),
         )  # fmt: skip
 
     async def _ending(self, process: Process, files: Sequence[str]) -> Ending | None:
@@ -469,6 +477,17 @@ class Observer:
         if process.state not in _ENDED:
             return 0
         return await self._on(self._aside, _stamp, files)
+
+    async def _own_stamp(self, program: Program, process: Process, state: ModelState | None) -> int:
+        """Of what a model with a fallback would itself be served with, where it is given up."""
+        is_given_up = state is not None and state.failover is not None
+        if not fallback_of(program) or not (is_given_up or process.state in _ENDED):
+            return 0
+        rung = min(failover.own_rung(state, program.rung), len(program.ladder) - 1)
+        variant = program.ladder[rung]
+        files = (variant.model_path, *variant.shards, variant.projector_path)
+        stamp = await self._on(self._aside, _stamp, [path for path in files if path])
+        return zlib.crc32(name_of(variant).encode(), stamp)
 
     async def _on(self, pool: Executor, function: Callable[[_A], _T], argument: _A) -> _T:
         return await asyncio.get_running_loop().run_in_executor(pool, function, argument)

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import assert_never
 
-from supervisor_synapse.core import admission, restarts
+from supervisor_synapse.core import admission, failover, restarts
 from supervisor_synapse.core.admission import Commitment, Idle, Ledger, Shortage
 from supervisor_synapse.core.model import (
     DeviceReading,
@@ -77,6 +77,7 @@ def act(
         *_moves(seen, after, now), *_stops(seen, after), *_kills(seen, after, now),
     ]  # fmt: skip
     _step_down(seen, after, now, policy)
+    actions += failover.advance(seen, after, now, policy, ledger, _idle(seen, after, now))
     actions += _climbs(seen, after, now, policy, ledger)
     actions += _relieve(seen, after, now, policy, ledger)
     starts, ledger = _starts(seen, after, now, policy, ledger)
@@ -182,6 +183,8 @@ def _starts(
             actions += replacing
         if after[one.name].target_rung is not None or places <= 0:
             continue
+        if after[one.name].phase not in _WAITS:  # what should have been deployed could not be
+            continue
         shortages = ledger.shortages(one.claim.deployed.needs)
         if shortages:
             making, ledger = _short(one, seen, after, now, policy, ledger, shortages)
@@ -219,15 +222,17 @@ def _holds_place(state: ModelState, now: Now) -> bool:
 def _replaced(one: Seen, state: ModelState, now: Now) -> tuple[ModelState, list[Action]]:
     """Its program is replaced before it starts; a block that is not ours to change stays."""
     target = state.target_rung
-    if target is None or one.claim.rung == target or target >= len(one.claim.rungs):
+    if target is None or target >= len(one.claim.rungs):
         return replace(state, target_rung=None), []
-    if state.replaced_at is None:
+    if state.replaced_at is None:  # also where it was written down, and perhaps no more than that
         action = SetRung(one.name, target, state.reason)
         return replace(state, replaced_at=now.monotonic), [action]
+    if one.claim.rung == target:
+        return replace(state, target_rung=None), []
     if now.monotonic - state.replaced_at < _REPLACING_SECONDS:
         return state, []
     until = now.monotonic + _IMMOVABLE_SECONDS
-    return replace(state, target_rung=None, immovable_until=until), []
+    return failover.undone(replace(state, target_rung=None, immovable_until=until)), []
 
 
 def _short(
@@ -418,6 +423,7 @@ def _may_climb(one: Seen, state: ModelState, now: Now, ledger: Ledger) -> bool:
     return (
         one.claim.rung > 0
         and one.enabled
+        and state.failover is None
         and state.phase is Phase.READY
         and state.idle_since is not None
         and not state.drain

@@ -50,6 +50,16 @@ class Claim:
     held: tuple[tuple[str, int], ...] = ()  # by the run that is up, where that is measured
     priority: int = 0  # lower comes first
     is_pinned: bool = False
+    fallback: str = ""  # the model whose files the last rung serves, where that is another one
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the ladder was looked at; where it was not, there is but one rung."""
+        return len(self.rungs) > 1
+
+    @property
+    def is_on_fallback(self) -> bool:
+        return bool(self.fallback) and self.is_known and self.rung == len(self.rungs) - 1
 
     @property
     def deployed(self) -> Rung:

@@ -18,6 +18,8 @@ observation tells.
                          the breaker is open                failed, until the cooldown is over
                          the wait is not over               backoff
                          the wait is over                   pending
+
+A model that failed and has a fallback is pending again at once, with that (failover.py).
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import assert_never
 
-from supervisor_synapse.core import restarts
+from supervisor_synapse.core import failover, restarts
 from supervisor_synapse.core.act import act
 from supervisor_synapse.core.failures import PERMANENT, REFUSED_STATUS, Ending, classify
 from supervisor_synapse.core.model import (
@@ -68,7 +70,7 @@ def decide(
 
 
 def _judge(before: ModelState | None, seen: Seen, now: Now, policy: Policy) -> ModelState:
-    state = _by_process(before, seen, now, policy)
+    state = failover.of_both(before, _by_process(before, seen, now, policy), seen.claim)
     if seen.is_leaving and seen.incarnation is None and state.phase in AT_REST:
         return _in(state, Phase.VERIFYING, "its run is over")
     return state
@@ -98,7 +100,11 @@ def _of_run(state: ModelState, seen: Seen, now: Now) -> ModelState:
     if seen.is_fresh:
         is_new = state.incarnation is None and not state.failed_run
         is_moved = state.failed_run != 0 and state.moved_run == state.failed_run
-        if is_new or is_moved or _is_ours_to_replace(state.replaced_at, now):
+        is_replaced = _is_ours_to_replace(state.replaced_at, now)
+        is_replaced = is_replaced or state.target_rung == seen.claim.rung
+        if is_replaced and state.failover is not None:  # it may have to wait for long
+            return replace(state, incarnation=None, failed_run=0)
+        if is_new or is_moved or is_replaced:
             return state
         anew = ModelState(resume=state.resume, asked_at=state.asked_at)
         if not _is_ours_to_replace(state.renewed_at, now):
@@ -116,7 +122,8 @@ def _of_run(state: ModelState, seen: Seen, now: Now) -> ModelState:
         condemned=None, killed_at=None, moved_run=0, failed_run=0, phase=Phase.PENDING,
         is_by_hand=state.is_by_hand if _is_ours(state, now) else not seen.enabled,
         retries=restarts.on_start(state.retries), resume=False, drain=False, idle_since=None,
-        roomy_since=None, is_refused=False, evicted_for="", tried=seen.digest, rests=False,
+        roomy_since=None, is_refused=False, evicted_for="", replaced_at=None, renewed_at=None,
+        is_wanted_itself=failover.is_asked_for(state), tried=seen.digest, rests=False,
     )  # fmt: skip
 
 
@@ -218,9 +225,8 @@ def _ready(state: ModelState, seen: Seen, now: Now, policy: Policy) -> ModelStat
     if state.drain:
         return _in(ready, Phase.DRAINING, "stops when it is idle")
     when = "answers" if seconds is None else f"answered {seconds:.1f} s after its start"
-    if seen.claim.rung:
-        when = f"{when}; stepped down to {seen.claim.deployed.label}"
-    return _in(ready, Phase.READY, when)
+    ready = failover.in_service(ready, seen.claim)
+    return _in(ready, Phase.READY, when + failover.who_serves(ready, seen.claim))
 
 
 def _unhealthy(state: ModelState, kind: FailureClass, seen: Seen, now: Now) -> ModelState:
@@ -231,7 +237,7 @@ def _unhealthy(state: ModelState, kind: FailureClass, seen: Seen, now: Now) -> M
 
 def _stopping(state: ModelState, seen: Seen) -> ModelState:
     phase = Phase.DRAINING if seen.busy else Phase.STOPPING
-    return _in(replace(state, ready_at=None), phase, "a stop was asked for")
+    return _in(replace(state, ready_at=None), phase, failover.why_stopped(state))
 
 
 def _ended(state: ModelState, seen: Seen, now: Now, policy: Policy) -> ModelState:
@@ -327,9 +333,11 @@ def _transitions(
 ) -> Iterable[Transition]:
     for name, state in after.items():
         earlier = before.get(name)
-        if earlier is None or earlier.phase is not state.phase:
+        is_given_up = failover.begins(earlier, state)
+        if earlier is None or earlier.phase is not state.phase or is_given_up:
             is_new = earlier is not None and state.last_failure != earlier.last_failure
-            failure = state.last_failure if is_new or state.phase in _AFTER_FAILURE else None
+            is_told = is_new or is_given_up or state.phase in _AFTER_FAILURE
+            failure = state.last_failure if is_told else None
             yield Transition(
                 name, earlier.phase if earlier else None, state.phase, state.reason,
                 state.incarnation, failure,

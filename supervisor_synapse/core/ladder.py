@@ -19,7 +19,7 @@ from typing import NamedTuple, TypeVar
 
 from supervisor_synapse.core.candidates import Candidate, family_of, halved
 from supervisor_synapse.core.estimate import HOST
-from supervisor_synapse.core.model import Variant
+from supervisor_synapse.core.model import Program, Variant
 from supervisor_synapse.core.placement import Placement, Search, scaled
 
 MOST_RUNGS = 8
@@ -103,6 +103,14 @@ def _in_place_of(own: Search, other: Candidate) -> Candidate:
     return replace(other, said=said)
 
 
+def fallback_of(program: Program) -> str:
+    """The model that the last rung serves, where that is the fallback; else ""."""
+    if not program.ladder or program.fallback is None:
+        return ""
+    is_last = program.ladder[-1].label == _label_of_fallback(program.fallback)
+    return program.fallback if is_last else ""
+
+
 def name_of(variant: Variant) -> str:
     """Names what a rung says, but for the port: the same name, the same rung."""
     at = variant.arguments.index("--port") + 1
@@ -144,7 +152,11 @@ def _quantization(search: Search, chosen: Placement) -> _Rung:
 
 
 def _fallback(search: Search, placement: Placement) -> _Rung:
-    return _Rung(f"fallback {search.candidate.model.name}", search, placement)
+    return _Rung(_label_of_fallback(search.candidate.model.name), search, placement)
+
+
+def _label_of_fallback(name: str) -> str:
+    return f"fallback {name}"
 
 
 def _thinned(segments: Sequence[Sequence[_T]], places: int) -> list[_T]:

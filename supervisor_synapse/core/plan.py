@@ -144,6 +144,7 @@ def make_plan(models: Sequence[Model], settings: Settings, world: World) -> Plan
         programs.append(program)
         choices[key] = _choice(one, placed[key], program, outcome, settings)
     problems += _lost_fallbacks(one.candidate for one in fleet.values())
+    problems += _idle_fallbacks(programs)
     problems += [_without_devices(lost)] if lost else []
     return Plan(tuple(programs), choices, tuple(problems))
 
@@ -417,6 +418,23 @@ def _without_devices(lost: Sequence[Device]) -> Problem:
         "the engine lists no device any more; models that were planned with them stay as they are",
         "mend the driver; where the devices are gone for good, set device = none for these models",
     )
+
+
+def _idle_fallbacks(programs: Sequence[Program]) -> list[Problem]:
+    """`fallback`s that never serve, since they would stand no lower on a ladder."""
+    names = {program.name for program in programs}
+    return [
+        Problem(
+            program.name,
+            f"its fallback {program.fallback} takes no less memory than the model itself can be "
+            "served with, and never serves in its place",
+            "name a smaller model as its fallback",
+        )
+        for program in programs
+        if program.fallback in names
+        and program.fallback != program.name
+        and not ladder.fallback_of(program)
+    ]
 
 
 def _lost_fallbacks(candidates: Iterable[Candidate]) -> list[Problem]:

@@ -38,6 +38,8 @@ class Seen:
     is_leaving: bool = False  # its last run is over, and what it left is being looked for
     residue: str = ""  # what its last run left behind for good
     is_asleep: bool = False
+    is_swapped: bool = False  # with another, at the moment
+    own_stamp: int = 0  # of its own files and arguments, whatever serves; 0: nobody looked
     claim: Claim = field(default_factory=Claim)  # on memory
     digest: str = ""  # of the block that is applied
     trial: Trial | None = None  # while that has not proved itself
@@ -49,6 +51,22 @@ class Seen:
     def is_fresh(self) -> bool:
         """Never started since supervisord knows this program."""
         return self.run == 0
+
+
+@dataclass(frozen=True, slots=True)
+class Failover:
+    """A model was given up, and its fallback serves; or it is on trial after that."""
+
+    rung: int  # of the model itself, to which it returns
+    why: str  # it was given up
+    failure: Failure | None  # of the model itself
+    stamp: int  # of its files and arguments, then
+    trial_at: float | None  # None: not before something has changed
+    trials: int = 0  # that failed
+    trial: str = ""  # why it is tried, while it is
+    new_stamp: int = 0  # where its files or arguments have changed
+    changed_at: float | None = None
+    retries: Restarts = field(default_factory=Restarts)  # of the model itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +110,8 @@ class ModelState:
     renewed_at: float | None = None  # when supervisord was last to take that up
     out_since: float | None = None  # it was ready, and is out for another block
     rests: bool = False  # it was stopped by hand when its block changed
+    failover: Failover | None = None
+    is_wanted_itself: bool = False  # by a command, or by whoever started it, and not its fallback
 
 
 @dataclass(frozen=True, slots=True)

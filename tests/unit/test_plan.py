@@ -339,7 +339,7 @@ def test_a_program_carries_what_its_settings_say() -> None:
     )  # fmt: skip
     settings = Settings(models=(said, section("*/other*", port=9001, fallback=None)))
     models = [repo("Q4_K_M"), model(name="other", key="other", repo="o/other")]
-    found = planned(models, settings)["m-q4_k_m"]
+    (found, *_) = make_plan(models, settings, world()).programs
     assert (found.alias, found.port, found.parallel) == ("My/Alias:1", 9000, 2)
     assert (found.fallback, found.pinned) == ("other", True)
     assert found.arguments[-2:] == ("--flash-attn", "on")
@@ -351,9 +351,11 @@ def test_a_program_carries_what_its_settings_say() -> None:
 
 def test_a_fallback_that_is_no_model_is_told() -> None:
     settings = Settings(models=(section("a", fallback="b"), section("c", fallback="a")))
-    (problem,) = make_plan([model(name="a"), model(name="c")], settings, world()).problems
-    assert problem.subject == "a"
-    assert "fallback b" in problem.reason
+    lost, idle = make_plan([model(name="a"), model(name="c")], settings, world()).problems
+    assert lost.subject == "a"
+    assert "fallback b" in lost.reason
+    assert idle.subject == "c"
+    assert "fallback a takes no less memory" in idle.reason
 
 
 def test_a_model_answers_to_its_name_unless_a_section_says_otherwise() -> None:
