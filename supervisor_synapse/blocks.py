@@ -25,7 +25,6 @@ from supervisor_synapse.core.trials import Standing, Trial
 from supervisor_synapse.effects import Deployer
 from supervisor_synapse.errors import SynapseError
 
-_SCAN_SECONDS = 0.5
 _AGAIN_SECONDS = 3.0  # what could not be done is tried again
 _STILL_SECONDS = 1.5  # a file that was not written to for so long is no longer being saved
 _REPEAT_SECONDS = 60.0
@@ -55,7 +54,6 @@ class Blocks:
         self._standings: Mapping[str, Standing] = {}
         self._trials: Mapping[str, Trial] = {}
         self._on_disk: dict[str, OnDisk] = {}
-        self._scanned_at = -_SCAN_SECONDS
         self._checked: Mapping[str, OnDisk] | None = None  # found fit for supervisord
         self._still_since: tuple[float, Mapping[str, OnDisk]] = (0.0, {})
         self._reread: tuple[float, object, Reread | None] = (0.0, None, None)
@@ -103,10 +101,6 @@ class Blocks:
         )  # fmt: skip
 
     def _scan(self) -> None:
-        now = time.monotonic()
-        if now - self._scanned_at < _SCAN_SECONDS:
-            return
-        self._scanned_at = now
         try:
             self._on_disk = blocks.scan(self._deployment.blocks, self._on_disk)
         except OSError as error:
@@ -128,7 +122,7 @@ class Blocks:
         # `update` takes one after the other, and is one change: those that run still come with it.
         is_due = any(not table[name].pid for name in news) or not self._standings
         names = news if is_due else []
-        stamps = [(name, self._on_disk[name].digest) for name in names]
+        stamps = [(name, self._on_disk[name].stamp) for name in names]
         if not names or not self._may_try(f"adopt {stamps}"):
             return frozenset(self._unadopted & set(names))
         held = self._held_commands()

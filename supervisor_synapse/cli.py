@@ -183,8 +183,10 @@ def _rollback(deployment: Deployment, arguments: argparse.Namespace) -> int:
         print(revise.roll_back(deployment, arguments.model, to=arguments.to))
         return 0
     answer = lifecycle.command(rpc, "rollback", arguments.model, arguments.to)
-    print(answer.message, flush=True)
-    return 0 if answer.ok else 1
+    if not answer.ok:
+        raise ApplyError(answer.message)
+    print(answer.message)
+    return 0
 
 
 def _generations(deployment: Deployment, arguments: argparse.Namespace) -> int:

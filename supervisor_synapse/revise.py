@@ -19,7 +19,7 @@ from supervisor_synapse.adapters.registry import Registry
 from supervisor_synapse.adapters.supervisord import Supervisord
 from supervisor_synapse.core import trials
 from supervisor_synapse.core.model import Failure, Program
-from supervisor_synapse.core.trials import Generation, Good, Standing
+from supervisor_synapse.core.trials import Generation, Good, Rejected, Standing
 from supervisor_synapse.discovery import Change
 from supervisor_synapse.errors import ConfigError, RollbackFailed
 
@@ -206,7 +206,7 @@ def roll_back(
         tell = Supervisord(deployment.socket).is_up()
         step = commits.Step(registry=after, written=(kept,))
         commits.commit(deployment, step, generation, tell=tell)
-        if tell:
+        if tell and failure is not None:  # it does not run
             _tell(deployment, Supervisord(deployment.socket), (name,))
         return _said(name, generation)
 
@@ -285,10 +285,13 @@ def set_aside(deployment: Deployment, name: str, failure: Failure) -> str:
     with commits.locked(deployment):
         standing = generations.standings(deployment).get(name)
         kept = None if standing is None else generations.kept(deployment, standing.digest)
-        if kept is None:
+        if kept is None or standing is None:
             raise RollbackFailed(f"{name}: there is no former block to put in its place")
         path = deployment.block(name)
         content = path.read_bytes()
+        digest = commits.digest_of(content)
+        rejection = Rejected(digest, standing.generation, failure, was_tried=False)
         commits.reject(deployment, name, content.decode("utf-8", "replace"), failure)
+        commits.keep_standings(deployment, {name: trials.rejected(standing, rejection)})
         store.write_text(path, kept.text)
         return f"{name}: {path.name} set aside: {failure.message}"

@@ -162,9 +162,15 @@ def _at_rest(state: ModelState, seen: Seen) -> ModelState:
     if not seen.enabled and (seen.is_fresh or not state.is_by_hand):
         return _said(state, Phase.DISABLED, _with_residue(seen.why, seen))
     if seen.enabled and ((seen.is_fresh and not state.rests) or state.resume):
-        return _wanted(state, "enabled; waits for a loading place")
+        news = "its block has changed" if _is_renewed(state) else "enabled"
+        return _wanted(state, f"{news}; waits for a loading place")
     why = "drained" if state.drain else "stopped by hand"
     return _in(state, Phase.STOPPED, _with_residue(why, seen))
+
+
+def _is_renewed(state: ModelState) -> bool:
+    """Whether it is out for another block."""
+    return state.out_since is not None or state.renewed_at is not None
 
 
 def _wanted(state: ModelState, reason: str) -> ModelState:
@@ -237,7 +243,8 @@ def _unhealthy(state: ModelState, kind: FailureClass, seen: Seen, now: Now) -> M
 
 def _stopping(state: ModelState, seen: Seen) -> ModelState:
     phase = Phase.DRAINING if seen.busy else Phase.STOPPING
-    return _in(replace(state, ready_at=None), phase, failover.why_stopped(state))
+    why = "its block has changed" if _is_renewed(state) else failover.why_stopped(state)
+    return _in(replace(state, ready_at=None), phase, why)
 
 
 def _ended(state: ModelState, seen: Seen, now: Now, policy: Policy) -> ModelState:
