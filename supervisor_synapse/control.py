@@ -55,7 +55,7 @@ from supervisor_synapse.core.state import (
 from supervisor_synapse.core.trials import Standing, Standings
 from supervisor_synapse.errors import ShuttingDown, TransientError
 from supervisor_synapse.memory import Memory, Run
-from supervisor_synapse.observe import Observer, Watched, planned, slots_busy
+from supervisor_synapse.observe import Observer, Wanted, Watched, planned, slots_busy
 
 _RPC_TIMEOUT_SECONDS = 5.0
 _IDLE_TICK_SECONDS = 1.0
@@ -67,6 +67,7 @@ _BEAT_SECONDS = 2.0  # the plugin hears from us at least so often
 _LAST_WRITE_SECONDS = 2.0
 _REPEAT_SECONDS = 60.0  # between two complaints about the same file
 
+_NOBODY = Wanted(False, "there is no such model")
 _ENDING = frozenset({Phase.STOPPING, Phase.VERIFYING})
 
 _log = logging.getLogger("synapse")
@@ -224,6 +225,7 @@ class Listener:
         found = {process.name: process for process in await self._call(self._rpc.process_table)}
         programs = self._world.registry.programs
         wanted = {program.name: self._commands.wanted(program) for program in programs}
+        wanted |= self._standing_in(wanted)
         policy = self._world.registry.settings.probe
         devices = self._world.registry.devices
         seen = await self._observer.look(programs, found, wanted, self._states, policy, devices)
@@ -231,6 +233,27 @@ class Listener:
         await self._look_at_blocks(found)
         by_name = {program.name: program for program in programs}
         return [self._with_claim(self._with_block(one), by_name[one.name]) for one in seen]
+
+    def _standing_in(self, wanted: Mapping[str, Wanted]) -> dict[str, Wanted]:
+        """Models that the settings replace by another quantization, which has yet to show that it
+        works: until it is ready they go on, and they come back where it failed.
+        """
+        found = {}
+        for old, new in self._world.registry.successors.items():
+            state, standing = self._states.get(new, ModelState()), self._standing(new)
+            if old not in wanted or wanted[old].enabled or not wanted.get(new, _NOBODY).enabled:
+                continue
+            if standing.good or state.phase is Phase.READY:
+                continue
+            has_failed = state.last_failure is not None
+            is_up = self._observer.watched(old) is not None
+            if has_failed or (is_up and state.phase is not Phase.DEFERRED):
+                why = "has failed" if has_failed else "is not ready yet"
+                found[old] = Wanted(True, f"{new} is to take its place, and {why}")
+        return found
+
+    def _standing(self, name: str) -> Standing:
+        return self._blocks_seen.standings.get(name, Standing())
 
     async def _look_at_blocks(self, found: Mapping[str, Process]) -> None:
         before = self._blocks_seen.standings

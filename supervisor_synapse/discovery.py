@@ -38,6 +38,7 @@ from supervisor_synapse.adapters.gpu import cpu
 from supervisor_synapse.adapters.header_cache import HeaderCache
 from supervisor_synapse.adapters.registry import Entry, Registry
 from supervisor_synapse.adapters.supervisord import Supervisord
+from supervisor_synapse.core.admission import needs_of
 from supervisor_synapse.core.arguments import Served, parse_served
 from supervisor_synapse.core.candidates import repo_file
 from supervisor_synapse.core.catalog import Model, build_catalog, printable
@@ -60,12 +61,13 @@ from supervisor_synapse.core.plan import (
     World,
     as_it_runs,
     make_plan,
+    mib,
     on_rung,
     unmatched_sections,
     with_port,
     with_rung,
 )
-from supervisor_synapse.core.settings import Settings
+from supervisor_synapse.core.settings import Reserve, Settings
 from supervisor_synapse.core.trials import Rejected, Standings
 from supervisor_synapse.errors import ConfigError, ShuttingDown, TransientError
 
@@ -146,7 +148,7 @@ def discover(
     plan, links = _reachable(plan, deployment, earlier.paths())
     looked = (*found.problems, *catalog.problems)
     sight = _Sight(found.unread, looked)
-    meant = _meant(deployment, settings, engine, earlier, plan, sight, deployed, forced)
+    meant = _meant(deployment, settings, engine, devices, earlier, plan, sight, deployed, forced)
     problems = [
         *_lost_registry(deployment), *_missing_cache(settings, models), *looked, *plan.problems,
         *meant.problems, *unmatched_sections(settings, (*catalog.models, *meant.plan.programs)),
@@ -157,7 +159,9 @@ def discover(
         plan=meant.plan, blocks=meant.blocks, changes=meant.changes,
         links={**_links_kept(deployment, meant.plan, plan), **links},
         problems=tuple(problems), engine=engine, devices=devices,
-        registry=replace(after, demo=demo, devices=kept_devices),
+        registry=replace(
+            after, demo=demo, devices=kept_devices, successors=_successors(earlier, meant.plan)
+        ),
         earlier=earlier, refused=meant.refused, not_tried=meant.not_tried,
         switched_on=_switched(earlier, meant.plan, on=True),
         switched_off=_switched(earlier, meant.plan, on=False),
@@ -188,6 +192,7 @@ def _meant(
     deployment: Deployment,
     settings: Settings,
     engine: Engine,
+    devices: tuple[Device, ...],
     earlier: Registry,
     plan: Plan,
     sight: _Sight,
@@ -199,7 +204,8 @@ def _meant(
     templates = render.Templates(deployment.templates)
     blocks, refused = _render(templates, plan.programs, around, earlier.digests())
     known = generations.standings(deployment)
-    blocks, not_tried, failing = _tried(blocks, plan, known, engine, deployed, forced)
+    refusal = partial(_refusal, engine=engine, devices=devices, reserve=settings.memory_reserve)
+    blocks, not_tried, failing = _tried(blocks, plan, known, refusal, deployed, forced)
     refused |= {name: _not_tried(name, why) for name, why in not_tried.items()}
     none_found = not plan.programs
     plan = _without_refused(plan, blocks, deployed, earlier)
@@ -418,7 +424,7 @@ def _tried(
     blocks: Mapping[str, render.Block],
     plan: Plan,
     known: Standings,
-    engine: Engine,
+    refusal: Callable[[Program], Failure | None],
     deployed: Mapping[str, Deployed],
     forced: Iterable[str],
 ) -> tuple[dict[str, render.Block], dict[str, Rejected], dict[str, tuple[render.Block, Failure]]]:
@@ -435,7 +441,7 @@ def _tried(
         rejection = None
         if is_changed and standing is not None and standing.good and name not in force:
             rejection = standing.rejection(named)
-            failure = None if rejection else _refusal(engine, programs[name])
+            failure = None if rejection else refusal(programs[name])
             if failure is not None:
                 rejection = Rejected(named, standing.generation, failure, was_tried=False)
                 refused[name] = (block, failure)
@@ -446,10 +452,22 @@ def _tried(
     return kept, not_tried, refused
 
 
-def _refusal(engine: Engine, program: Program) -> Failure | None:
-    """What the engine says against a program's arguments; it is not started for that."""
+def _refusal(
+    program: Program, engine: Engine, devices: Iterable[Device], reserve: Reserve
+) -> Failure | None:
+    """Why a program cannot work on this machine: by the engine's own word on its arguments, or by
+    what it needs. It is not started for that.
+    """
     said = engines.refusal(engine, program.arguments)
-    return Failure(FailureClass.BAD_ARGUMENT, said, time.time()) if said else None
+    if said:
+        return Failure(FailureClass.BAD_ARGUMENT, said, time.time())
+    short = [
+        f"needs {mib(needed)} of {device.name}, which has {mib(device.total_bytes)}"
+        for device in devices
+        for name, needed in needs_of(program.estimate)
+        if name == device.name and needed > device.total_bytes - reserve.of(device.total_bytes)
+    ]
+    return Failure(FailureClass.OUT_OF_MEMORY, "; ".join(short), time.time()) if short else None
 
 
 def _not_tried(name: str, why: Rejected) -> Problem:
@@ -778,6 +796,35 @@ def _as_applied(deployment: Deployment, earlier: Registry) -> tuple[World, dict[
         known=known.known, scratch=known.scratch,
     )  # fmt: skip
     return world, {model.key: model for model in models}
+
+
+def _successors(earlier: Registry, plan: Plan) -> dict[str, str]:
+    """Models that the settings replace by another quantization: the old one → the new one.
+
+    Those of earlier discoveries hold until the settings say otherwise.
+    """
+    programs = {program.name: program for program in plan.programs}
+    found = {
+        old: new
+        for old, new in earlier.successors.items()
+        if old in programs and new in programs
+        and programs[new].enabled and not programs[old].enabled
+    }  # fmt: skip
+    switched_off = _switched(earlier, plan, on=False)
+    before = {program.name for program in earlier.programs if program.enabled}
+    for old in switched_off:
+        for program in plan.programs:
+            is_new = program.enabled and program.name not in before
+            if is_new and _is_same_model(programs[old], program):
+                found[old] = program.name
+    return found
+
+
+def _is_same_model(one: Program, other: Program) -> bool:
+    return (
+        one.repo is not None
+        and (one.repo, one.role, one.parameters) == (other.repo, other.role, other.parameters)
+    )  # fmt: skip
 
 
 def with_another_port(deployment: Deployment, name: str) -> Change:

@@ -46,6 +46,8 @@ class Registry:
     generation: int = 0
     demo: bool = False  # the generated model is wanted beside others
     devices: tuple[Device, ...] = ()  # as the engine listed them; what was free then is left out
+    successors: Mapping[str, str] = field(default_factory=dict)
+    # models that the settings replace by another quantization → that
     untold: Mapping[str, str] = field(default_factory=dict)
     # programs of which supervisord is still to be told → digest of the block; "": it is removed
     version: int = _VERSION

@@ -616,3 +616,34 @@ def test_generations_are_shown_as_a_table(at: Deployment) -> None:
     assert "+ alpha" in table
     assert "good, applied" in table
     assert at.run(str(BIN / "synapse"), "--prefix", str(at.prefix), "generations", "x", expect=2)
+
+
+def test_a_corrupt_new_quantization_leaves_the_former_one_serving(llama_server: Engine) -> None:
+    """The settings prefer a file of the same repo that cannot be loaded: who served, serves on."""
+    with deployed(SETTINGS) as at:
+        small = write_model(at.sources / "m-Q4_K_M.gguf", seed=1)
+        at.hub.add("acme/m", {"m-Q4_K_M.gguf": small})
+        at.add("other")
+        at.synapse("up", "--detach")
+        wait_until(lambda: _are_proved(at, ("m-q4_k_m", "other")), 30, "proved")
+        pids = at.pids()
+        content = write_model(at.sources / "m-Q8_0.gguf", seed=2).read_bytes()
+        corrupt = at.sources / "corrupt.gguf"
+        corrupt.write_bytes(_with_an_unknown_tensor(content))
+        at.hub.add("acme/m", {"m-Q8_0.gguf": corrupt, "m-Q4_K_M.gguf": small})
+        at.configure(
+            f"{SETTINGS}\n[model:m-q8_0]\nenabled = true\n[model:m-q4_k_m]\nenabled = false"
+        )
+        at.synapse("discover", expect=None)
+        rows = at.wait_for_rows({"m-q4_k_m": "ready", "m-q8_0": "failed"}, promised(BACK_SECONDS))
+        assert chat(rows["m-q4_k_m"])
+        assert at.pids().items() >= pids.items()
+        assert rows["m-q8_0"]["last_failure"]["class"] in ("model-corrupt", "crashed")
+
+
+def _with_an_unknown_tensor(content: bytes) -> bytes:
+    """A model's file whose header is fine for a reader and wrong for the engine: the name of the
+    first tensor of a layer is another one.
+    """
+    assert b"blk.0.attn_norm.weight" in content
+    return content.replace(b"blk.0.attn_norm.weight", b"blk.0.attn_nurm.weight", 1)
