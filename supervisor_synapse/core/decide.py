@@ -89,7 +89,8 @@ def _by_process(before: ModelState | None, seen: Seen, now: Now, policy: Policy)
         case ProcessState.STOPPING:
             return _stopping(state, seen)
         case ProcessState.UNKNOWN if seen.incarnation is not None:
-            return _running(state, seen, now, policy)  # a signal of supervisord's failed: it lives
+            # A signal of supervisord's failed: it lives, and supervisord cannot stop it any more.
+            return _running(replace(state, drain=False), seen, now, policy)
         case ProcessState.EXITED | ProcessState.FATAL | ProcessState.BACKOFF | ProcessState.UNKNOWN:
             return _ended(state, seen, now, policy)
     assert_never(seen.state)
