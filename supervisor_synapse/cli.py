@@ -11,7 +11,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -151,20 +152,34 @@ def _discover(deployment: Deployment, arguments: argparse.Namespace) -> int:
 def _discover_and_apply(
     deployment: Deployment, forced: Sequence[str], *, show: bool
 ) -> tuple[Discovery, tuple[str, ...]]:
-    """What was found and applied, and the models whose changes failed.
-
-    Where the deployment changes meanwhile (the listener moves a port …) it is looked at again.
-    """
+    """What was found and applied, and the models whose changes failed."""
     from supervisor_synapse import deploy, discovery, lifecycle
 
-    for _ in range(_MOST_OVERTAKEN):
-        rpc = lifecycle.connect(deployment)
-        found = discovery.discover(deployment, _settings(deployment), rpc, forced)
+    settings = _settings(deployment)
+    rpc = lifecycle.connect(deployment)
+
+    def look() -> Discovery:
+        found = discovery.discover(deployment, settings, rpc, forced)
         _require_known(forced, found)
         if show:
             _show_discovery(deployment, found)
+        return found
+
+    return _applied(look, partial(deploy.apply, deployment), rpc)
+
+
+def _applied(
+    look: Callable[[], Discovery],
+    apply: Callable[[Discovery, Supervisord | None, Callable[[str], None]], tuple[str, ...]],
+    rpc: Supervisord | None,
+) -> tuple[Discovery, tuple[str, ...]]:
+    """Where the deployment changes meanwhile (the listener moves a port …), look again."""
+    from supervisor_synapse import deploy
+
+    for _ in range(_MOST_OVERTAKEN):
+        found = look()
         with contextlib.suppress(deploy.Overtaken):
-            return found, deploy.apply(deployment, found, rpc, _say)
+            return found, apply(found, rpc, _say)
     raise ApplyError("the deployment changes all the time; run `synapse discover` again")
 
 
@@ -246,8 +261,10 @@ def _up(deployment: Deployment, arguments: argparse.Namespace) -> int:
         settings = _settings(deployment)
         rpc = lifecycle.connect(deployment)
         started_here = rpc is None
-        found = _find_or_make_models(deployment, settings, rpc, demo=arguments.demo)
-        deploy.apply(deployment, found, rpc, _say)
+        found, _ = _applied(
+            partial(_find_or_make_models, deployment, settings, rpc, demo=arguments.demo),
+            partial(deploy.apply, deployment, is_interrupted=lambda: interrupts.count > 0), rpc,
+        )  # fmt: skip
         if rpc is None:
             rpc = lifecycle.start_supervisord(deployment)
         else:

@@ -55,12 +55,14 @@ def apply(
     found: Change,
     rpc: Supervisord | None,
     report: Report,
-    surface: str = trials.DISCOVER,
+    *,
+    is_interrupted: Callable[[], bool] = lambda: False,
 ) -> tuple[str, ...]:
     """Carry out a discovery; where nothing changed no file is touched.
 
     The files are written at once; the listener has supervisord take them up, changed models one
-    after the other, and that is waited for. Models whose new blocks were refused, or failed.
+    after the other, and that is waited for, unless somebody interrupts. Returned are the models
+    whose new blocks were refused, or failed.
 
     Raises:
         ConfigError: supervisord's parser would not take the result; nothing was changed.
@@ -71,9 +73,9 @@ def apply(
     try:
         with store.exclusive(deployment.discovery_lock):
             with commits.locked(deployment):
-                was_up = _write(deployment, found, rpc, report, surface)
+                was_up = _write(deployment, found, rpc, report)
             if rpc is not None:
-                _await_taken_up(deployment, found, rpc, was_up, report)
+                _await_taken_up(deployment, found, rpc, was_up, report, is_interrupted)
             return _failed(deployment, found, report)
     except OSError as error:
         where = error.filename2 or error.filename or deployment.prefix
@@ -88,7 +90,7 @@ class Overtaken(TransientError):
 
 
 def _write(
-    deployment: Deployment, found: Change, rpc: Supervisord | None, report: Report, surface: str
+    deployment: Deployment, found: Change, rpc: Supervisord | None, report: Report
 ) -> frozenset[str]:
     """Write what was found; the programs that ran before."""
     changes = found.changes
@@ -113,8 +115,8 @@ def _write(
     generation = None
     if changes:
         generation = Generation(
-            found.registry.generation, time.time(), surface, _why(found), {}, changes.added,
-            changes.changed, changes.removed,
+            found.registry.generation, time.time(), trials.DISCOVER, _why(found), {},
+            changes.added, changes.changed, changes.removed,
         )  # fmt: skip
     commits.commit(deployment, step, generation, tell=rpc is not None)
     _leave_beside(deployment, found, before, report)
@@ -176,6 +178,7 @@ def _await_taken_up(
     rpc: Supervisord,
     was_up: frozenset[str],
     report: Report,
+    is_interrupted: Callable[[], bool],
 ) -> None:
     """Until the listener has had supervisord take up all that changed, and what ran runs again.
 
@@ -189,7 +192,7 @@ def _await_taken_up(
     waiting = {*registry.load(deployment.registry).untold}
     settling = {*changes.changed} & was_up
     moved_at, stamp, told_at = time.monotonic(), None, time.time()
-    while waiting or settling:
+    while (waiting or settling) and not is_interrupted():
         if time.monotonic() - moved_at > _SETTLE_SECONDS:
             report(f"still on its way: {', '.join(sorted(waiting | settling))}")
             return
@@ -306,12 +309,15 @@ def _make_links(deployment: Deployment, links: Mapping[Path, str]) -> None:
 
 
 def _drop_old_links(deployment: Deployment, links: Mapping[Path, str]) -> None:
-    """Remove links that no block needs; nothing but links is ever removed there."""
+    """Remove links that no block needs, nor one that may be gone back to; nothing but links is
+    ever removed there.
+    """
     in_use = "\n".join(
         path.read_text(errors="replace") for path in deployment.blocks.glob("*.conf")
     )
     for path in (*deployment.links.glob("*"), *deployment.links.glob("*/*")):
-        if path.is_symlink() and path not in links and str(path) not in in_use:
+        is_unused = path.is_symlink() and path not in links and str(path) not in in_use
+        if is_unused and not generations.mention(deployment, str(path)):
             path.unlink(missing_ok=True)
     for folder in deployment.links.iterdir():
         if folder.is_dir() and not folder.is_symlink():

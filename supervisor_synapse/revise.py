@@ -142,7 +142,7 @@ def adopt(deployment: Deployment, names: Sequence[str]) -> None:
         edited = discovery.as_edited(deployment, earlier, {name: texts[name] for name in changed})
         after = _with_programs(earlier, edited)
         is_ours = {name: digests[name] in earlier.digests().get(name, ()) for name in changed}
-        after = replace(after, generation=earlier.generation + 1)
+        after = replace(after, generation=commits.next_generation(deployment, earlier))
         written = tuple(_kept(after, name, texts[name], is_ours=is_ours[name]) for name in changed)
         generation = Generation(
             after.generation, time.time(), trials.UPDATE, _why_adopted(is_ours), {},
@@ -193,7 +193,7 @@ def roll_back(
             return _said(name, newest)
         kept = _to_go_back_to(deployment, name, standing, to)
         _require_as_applied(deployment, name, standing, kept)
-        number = earlier.generation + 1
+        number = commits.next_generation(deployment, earlier)
         after = _gone_back(earlier, current, kept, number)
         why, failures = "by command", {}
         if failure is not None:

@@ -108,6 +108,22 @@ def every(deployment: Deployment) -> tuple[Generation, ...]:
     return tuple(one for one in found if one is not None)
 
 
+def newest(deployment: Deployment) -> int:
+    """The number of the newest generation that is kept; 0 where there is none."""
+    numbers = [path.stem for path in deployment.generations.glob("[0-9]*.json")]
+    return max((int(number) for number in numbers if number.isdigit()), default=0)
+
+
+def mention(deployment: Deployment, word: str) -> bool:
+    """Whether a block that is kept names `word` (ASCII), so that it is needed to go back."""
+    needle = word.encode("ascii")
+    for path in deployment.kept_blocks.glob("*.json"):
+        with contextlib.suppress(OSError):
+            if needle in path.read_bytes():
+                return True
+    return False
+
+
 def prune(deployment: Deployment, standings: trials.Standings) -> None:
     """Forget all but the newest generations, and the blocks that nobody can go back to."""
     paths = sorted(deployment.generations.glob("[0-9]*.json"))
