@@ -190,12 +190,12 @@ def _generation_number(text: str) -> int:
 
 
 def _rollback(deployment: Deployment, arguments: argparse.Namespace) -> int:
-    from supervisor_synapse import lifecycle, revise
+    from supervisor_synapse import lifecycle, rollback
 
     deployments.require_laid_down(deployment)
     rpc = lifecycle.connect(deployment)
     if rpc is None:
-        print(revise.roll_back(deployment, arguments.model, to=arguments.to))
+        print(rollback.roll_back(deployment, arguments.model, to=arguments.to))
         return 0
     answer = lifecycle.command(rpc, "rollback", arguments.model, arguments.to)
     if not answer.ok:
@@ -385,27 +385,29 @@ def _listen(deployment: Deployment, _: argparse.Namespace) -> int:
 
 
 def _deployer(deployment: Deployment) -> Deployer:
-    """Each imports what it needs when it is called: that is seldom, and not small."""
+    """What renders or plans is imported when it is called: that is seldom, and not small."""
+    from supervisor_synapse import rollback
     from supervisor_synapse.effects import Deployer
 
     def revising(change: str) -> Any:
-        def revise(*arguments: Any, **named: Any) -> Any:
+        def call(*arguments: Any) -> Any:
             from supervisor_synapse import revise
 
-            return getattr(revise, change)(deployment, *arguments, **named)
+            return getattr(revise, change)(deployment, *arguments)
 
-        return revise
+        return call
 
     def roll_back(name: str, left: str, failure: Failure) -> str:
-        return str(revising("roll_back")(name, left=left, failure=failure))
+        return rollback.roll_back(deployment, name, left=left, failure=failure)
 
     def roll_back_to(name: str, to: int, command: str) -> str:
-        return str(revising("roll_back")(name, to=to, command=command))
+        return rollback.roll_back(deployment, name, to=to, command=command)
 
     return Deployer(
-        move_port=revising("move_port"), set_rung=revising("set_rung"), renew=revising("renew"),
-        bless=revising("bless"), roll_back=roll_back, roll_back_to=roll_back_to,
-        adopt=revising("adopt"), forget_untold=revising("told_of"), set_aside=revising("set_aside"),
+        move_port=revising("move_port"), set_rung=revising("set_rung"), adopt=revising("adopt"),
+        renew=partial(rollback.renew, deployment), bless=partial(rollback.bless, deployment),
+        forget_untold=partial(rollback.told_of, deployment), roll_back=roll_back,
+        roll_back_to=roll_back_to, set_aside=partial(rollback.set_aside, deployment),
     )  # fmt: skip
 
 

@@ -26,7 +26,7 @@ from supervisor_synapse.errors import ApplyError, ConfigError, RollbackFailed, T
 
 @dataclass(frozen=True, slots=True)
 class Deployer:
-    """Changes of single models in the deployment (revise.py), by the program's name."""
+    """Changes of single models (rollback.py, revise.py), by the program's name."""
 
     move_port: Callable[[str], None]
     set_rung: Callable[[str, int], None]
