@@ -8,8 +8,10 @@ keep their processes.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -522,8 +524,6 @@ def test_a_second_discovery_says_that_the_first_is_running(at: Deployment) -> No
 
 
 def _is_locked(path: Path) -> bool:
-    import fcntl
-
     with contextlib.suppress(FileNotFoundError), path.open("r+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -537,17 +537,22 @@ def test_whoever_is_killed_in_the_middle_of_a_change_is_carried_on_with(at: Depl
     """Discoveries and listeners killed at random moments: each time one of the two blocks serves,
     whole, once, and all state can be read.
     """
-    import random
-
     rounds = int(os.environ.get("SYNAPSE_KILLS", "12"))
     chance = random.Random(7)
     for turn in range(rounds):
-        kind = chance.choice(("discover", "listener", "edit"))
+        kind = chance.choice(("discover", "listener", "edit", "rollback"))
         context = 256 if turn % 2 else 384
         if kind == "edit":
             edit(at, "beta", f"--no-such-{turn}")
             at.ctl("update", expect=None)
             _kill(at.listener(), chance.uniform(0, 1.5))
+        elif kind == "rollback":
+            asked = subprocess.Popen(
+                at.command("rollback", "beta"), env=at.environment(), stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )  # fmt: skip
+            _kill(at.listener(), chance.uniform(0, 1.0))
+            asked.wait(60)
         else:
             at.configure(f"{SETTINGS}\n[model:beta]\ncontext = {context}")
             running = subprocess.Popen(
