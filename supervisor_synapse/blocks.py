@@ -7,14 +7,17 @@ is put aside before it can do harm, where it is a model's; a stranger's is only 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 from supervisor_synapse.adapters import blocks, config_files, generations
 from supervisor_synapse.adapters.blocks import OnDisk
+from supervisor_synapse.adapters.config_files import Broken
 from supervisor_synapse.adapters.deployment import Deployment
 from supervisor_synapse.adapters.registry import Registry
 from supervisor_synapse.adapters.supervisord import Process, Refused, Reread, Supervisord
@@ -171,8 +174,10 @@ class Blocks:
             return
         if not self._may_try("check"):
             return
-        broken = config_files.broken_files(self._deployment.main_config)
         ours = {self._deployment.block(program.name): program.name for program in found.programs}
+        broken = config_files.broken_files(self._deployment.main_config)
+        named = {one.path for one in broken}
+        broken += tuple(one for one in self._without_programs(ours) if one.path not in named)
         for one in broken:
             name = ours.get(one.path)
             if name is None or name not in self._standings:
@@ -182,6 +187,20 @@ class Blocks:
             self._do("broken block", partial(self._deployer.set_aside, name, failure))
         if not broken:
             self._checked = dict(self._on_disk)
+
+    def _without_programs(self, ours: Mapping[Path, str]) -> list[Broken]:
+        """Blocks of models that no longer say what program it is: it would be gone in silence."""
+        found = []
+        for path, name in ours.items():
+            there, standing = self._on_disk.get(name), self._standings.get(name)
+            if there is None or standing is None or there.digest == standing.digest:
+                continue
+            with contextlib.suppress(OSError, ValueError):
+                text = path.read_text(encoding="utf-8")
+                section = f"program:{name}"
+                if all(one.section != section for one in config_files.options_of(text)):
+                    found.append(Broken(path, None, f"has no section [{section}]"))
+        return found
 
     # --- what supervisord is still to be told -----------------------------------------------------
 

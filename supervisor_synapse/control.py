@@ -540,7 +540,7 @@ def _with_refusal(reason: str, standing: Standing) -> str:
     if refused is None:
         return reason
     if refused.failure is None:
-        return f"{reason}; went back to generation {standing.good[-1].generation} by command"
+        return f"{reason}; has its former block, by command"
     kind, message = refused.failure.failure_class.value, refused.failure.message
     return f"{reason}; a changed block was rejected: {kind}: {message}"
 

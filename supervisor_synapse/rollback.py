@@ -105,6 +105,9 @@ def set_aside(deployment: Deployment, name: str, failure: Failure) -> str:
         rejection = Rejected(digest, standing.generation, failure, was_tried=False)
         commits.reject(deployment, name, content.decode("utf-8", "replace"), failure)
         commits.keep_standings(deployment, {name: trials.rejected(standing, rejection)})
+        found = registry.load(deployment.registry)
+        untold = {**found.untold, name: standing.digest}  # it may have been taken for removed
+        registry.save(deployment.registry, replace(found, untold=untold))
         store.write_text(path, kept.text)
         return f"{name}: {path.name} set aside: {failure.message}"
 
@@ -170,7 +173,7 @@ def _to_go_back_to(deployment: Deployment, name: str, standing: Standing, to: in
     good = _good_in(deployment, name, standing, to) if to else standing.former
     if good is None:
         raise RollbackFailed(
-            f"{name}: there is no former block that was good; mend it, then `synapse discover`"
+            f"{name}: there is no other block that was good; `synapse generations {name}` shows all"
         )
     kept = generations.kept(deployment, good.digest)
     if kept is None:

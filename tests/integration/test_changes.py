@@ -308,6 +308,16 @@ def test_a_syntax_error_in_a_block_is_set_aside_with_file_and_line(
     assert named in row["last_failure"]["message"]
 
 
+def test_a_block_that_no_longer_names_its_program_is_set_aside(at: Deployment) -> None:
+    """To supervisord it is a file like any other, and the model would be gone in silence."""
+    former = Former(at, "beta")
+    block(at, "beta").write_text(former.text.replace("[program:beta]", "[program/beta]"))
+    at.ctl("update")
+    wait_until(lambda: block(at, "beta").read_text() == former.text, promised(BACK_SECONDS))
+    assert "[program:beta]" in rejected(at, "beta").read_text().split("\n")[1]
+    former.serves_again()
+
+
 def _told(at: Deployment, name: str, since: float) -> Any:
     row = at.rows()[name]
     failure = row["last_failure"]
