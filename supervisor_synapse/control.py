@@ -67,6 +67,7 @@ _BEAT_SECONDS = 2.0  # the plugin hears from us at least so often
 _LAST_WRITE_SECONDS = 2.0
 _REPEAT_SECONDS = 60.0  # between two complaints about the same file
 
+_UNKNOWN = Standing()
 _NOBODY = Wanted(False, "there is no such model")
 _ENDING = frozenset({Phase.STOPPING, Phase.VERIFYING})
 
@@ -232,7 +233,7 @@ class Listener:
         await self._look_at_memory(programs)
         await self._look_at_blocks(found)
         by_name = {program.name: program for program in programs}
-        return [self._with_claim(self._with_block(one), by_name[one.name]) for one in seen]
+        return [self._whole(one, by_name[one.name]) for one in seen]
 
     def _standing_in(self, wanted: Mapping[str, Wanted]) -> dict[str, Wanted]:
         """Models that the settings replace by another quantization, which has yet to show that it
@@ -253,7 +254,7 @@ class Listener:
         return found
 
     def _standing(self, name: str) -> Standing:
-        return self._blocks_seen.standings.get(name, Standing())
+        return self._blocks_seen.standings.get(name, _UNKNOWN)
 
     async def _look_at_blocks(self, found: Mapping[str, Process]) -> None:
         before = self._blocks_seen.standings
@@ -284,11 +285,12 @@ class Listener:
             )  # fmt: skip
         self._tell(lines)
 
-    def _with_block(self, seen: Seen) -> Seen:
+    def _whole(self, seen: Seen, program: Program) -> Seen:
+        """With its claim on memory, and what is known of its block."""
         name, sight = seen.name, self._blocks_seen
-        standing = sight.standings.get(name)
         return replace(
-            seen, digest=standing.digest if standing else "", trial=sight.trials.get(name),
+            seen, claim=self._memory.claim(program, seen.incarnation),
+            digest=self._standing(name).digest, trial=sight.trials.get(name),
             is_untold=name in sight.untold, is_outdated=name in sight.outdated,
             is_unadopted=name in sight.unadopted,
         )  # fmt: skip
@@ -308,9 +310,6 @@ class Listener:
             self._world.registry, self._world.stamp, runs, self._observer.leaving,
             is_awaited=is_awaited,
         )  # fmt: skip
-
-    def _with_claim(self, seen: Seen, program: Program) -> Seen:
-        return replace(seen, claim=self._memory.claim(program, seen.incarnation))
 
     # --- commands ---------------------------------------------------------------------------------
 
@@ -454,7 +453,7 @@ class Listener:
                 programs[one.name], one, self._states[one.name], self._observer.watched(one.name),
                 self._memory.estimate(programs[one.name]),
                 self._memory.measured(programs[one.name], one.incarnation),
-                standings.get(one.name, Standing()), now,
+                standings.get(one.name, _UNKNOWN), now,
             )
             for one in seen
         )  # fmt: skip

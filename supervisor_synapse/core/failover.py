@@ -87,7 +87,9 @@ def own_rung(state: ModelState | None, deployed: int) -> int:
 def _settled(one: Seen, state: ModelState, now: Now, policy: Policy) -> ModelState:
     """What was asked for has come about, or something else has."""
     if state.failover is None:
-        return _found(one, replace(state, is_wanted_itself=False), now, policy)
+        if state.is_wanted_itself:
+            state = replace(state, is_wanted_itself=False)
+        return _found(one, state, now, policy)
     if not one.claim.fallback:
         return _over(state)  # it has none any more
     if not one.claim.is_known or state.target_rung is not None:

@@ -98,7 +98,8 @@ def going_back(one: Seen, state: ModelState, failure: Failure, now: Now) -> Mode
 def _noted(one: Seen, state: ModelState, now: Now) -> ModelState:
     """Since when another block waits; and that a model which was out for one is back."""
     if not (one.is_untold or one.is_unadopted):
-        state = replace(state, untold_at=None, renewed_at=None)
+        if state.untold_at is not None or state.renewed_at is not None:
+            state = replace(state, untold_at=None, renewed_at=None)
     elif state.untold_at is None:
         state = replace(state, untold_at=now.monotonic)
     if state.out_since is not None and not one.is_untold and state.phase in _SETTLED:
