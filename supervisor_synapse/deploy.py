@@ -8,6 +8,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from supervisor_synapse import commit as commits
@@ -160,11 +161,17 @@ def _that_run(rpc: Supervisord | None) -> frozenset[str]:
 
 
 def _refuse(deployment: Deployment, found: Change) -> None:
-    """Note what was refused before it was tried, and leave it beside."""
+    """Note what was refused before it was tried, and leave it beside. Where all is as it is meant
+    to be again, what was refused once is no longer told.
+    """
     known = generations.standings(deployment)
-    after = {}
+    after = {
+        name: replace(known[name], refused=None)
+        for name in found.changes.unchanged
+        if name in known and name not in found.not_tried
+    }
     for name, (block, failure) in found.refused.items():
-        standing = known.get(name, Standing())
+        standing = after.get(name, known.get(name, Standing()))
         rejection = Rejected(digest(block.text), found.earlier.generation, failure, was_tried=False)
         if standing.rejection(rejection.digest) is None:
             after[name] = trials.rejected(standing, rejection)

@@ -25,6 +25,7 @@ from supervisor_synapse.adapters import (
     hfcache,
     intent,
     registry,
+    sockets,
 )
 from supervisor_synapse.adapters import (
     deployment as deployments,
@@ -148,8 +149,11 @@ def discover(
     plan = _planned(models, settings, world, known, ask)
     plan, links = _reachable(plan, deployment, earlier.paths())
     looked = (*found.problems, *catalog.problems)
-    sight = _Sight(found.unread, looked)
-    meant = _meant(deployment, settings, engine, devices, earlier, plan, sight, deployed, forced)
+    sight = _Sight(found.unread, looked, frozenset(model.key for model in models))
+    meant = _meant(
+        deployment, settings, engine, devices, earlier, plan, sight, deployed, forced,
+        world.port_is_free,
+    )  # fmt: skip
     problems = [
         *_lost_registry(deployment), *_missing_cache(settings, models), *looked, *plan.problems,
         *meant.problems, *unmatched_sections(settings, (*catalog.models, *meant.plan.programs)),
@@ -178,6 +182,7 @@ class _Sight:
 
     unread: tuple[str, ...]  # folders
     problems: tuple[Problem, ...]
+    keys: frozenset[str]  # of the models that were seen
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,26 +207,31 @@ def _meant(
     sight: _Sight,
     deployed: Mapping[str, Deployed],
     forced: Iterable[str],
+    port_is_free: Callable[[int], bool],
 ) -> _Meant:
     """Compare what is planned with what is deployed; what is in doubt stays as it is."""
     around = _surroundings(deployment, settings, engine.path)
     templates = render.Templates(deployment.templates)
     blocks, refused = _render(templates, plan.programs, around, earlier.digests())
     known = generations.standings(deployment)
-    refusal = partial(_refusal, engine=engine, devices=devices, reserve=settings.memory_reserve)
+    refusal = partial(
+        _refusal, engine=engine, devices=devices, reserve=settings.memory_reserve,
+        port_is_free=port_is_free,
+    )  # fmt: skip
     blocks, not_tried, failing = _tried(blocks, plan, known, refusal, deployed, forced)
     refused |= {name: _not_tried(name, why) for name, why in not_tried.items()}
     none_found = not plan.programs
     plan = _without_refused(plan, blocks, deployed, earlier)
     unseen = _out_of_sight(plan, sight, deployed, earlier, deployment.links)
-    unseen_names = {program.name for program in unseen}
+    unplanned = _unplanned(plan, sight, deployed, earlier)
+    unseen_names = {program.name for program in (*unseen, *unplanned)}
     as_they_are = unseen_names | refused.keys()
     changes = compare(
         _digests(blocks),
         {name: block for name, block in deployed.items() if name not in as_they_are},
         forced,
     )
-    plan = _with_edits_told(_with_kept(plan, unseen, earlier), blocks, changes)
+    plan = _with_edits_told(_with_kept(plan, (*unseen, *unplanned), earlier), blocks, changes)
     changes = replace(changes, kept=tuple(sorted({*changes.kept, *unseen_names})))
     problems = [*map(_unseen, unseen), *refused.values()]
     if changes.removed and none_found:
@@ -444,7 +454,8 @@ def _tried(
         is_changed = there is not None and there.digest != named
         rejection = None
         if is_changed and standing is not None and standing.good and name not in force:
-            rejection = standing.rejection(named)
+            before = standing.rejection(named)
+            rejection = before if before is not None and before.was_tried else None
             failure = None if rejection else refusal(programs[name])
             if failure is not None:
                 rejection = Rejected(named, standing.generation, failure, was_tried=False)
@@ -457,11 +468,19 @@ def _tried(
 
 
 def _refusal(
-    program: Program, engine: Engine, devices: Iterable[Device], reserve: Reserve
+    program: Program,
+    engine: Engine,
+    devices: Iterable[Device],
+    reserve: Reserve,
+    port_is_free: Callable[[int], bool],
 ) -> Failure | None:
-    """Why a program cannot work on this machine: by the engine's own word on its arguments, or by
-    what it needs. It is not started for that.
+    """Why a program cannot work on this machine now: its port, by the engine's own word on its
+    arguments, or by what it needs. It is not started for that.
     """
+    if not port_is_free(program.port):
+        who = sockets.foreign_listener(program.port, 0) or "somebody else"
+        words = f"port {program.port} is in use by {who}"
+        return Failure(FailureClass.PORT_IN_USE, words, time.time())
     said = engines.refusal(engine, program.arguments)
     if said:
         return Failure(FailureClass.BAD_ARGUMENT, said, time.time())
@@ -529,6 +548,17 @@ def _out_of_sight(
         program
         for program in earlier.programs
         if program.key not in plan.choices and program.name in deployed and is_unseen(program)
+    )
+
+
+def _unplanned(
+    plan: Plan, sight: _Sight, deployed: Mapping[str, Deployed], earlier: Registry
+) -> tuple[Program, ...]:
+    """Programs whose model is there and got no place in the plan, which says why: they go on."""
+    return tuple(
+        program
+        for program in earlier.programs
+        if program.key in sight.keys - plan.choices.keys() and program.name in deployed
     )
 
 

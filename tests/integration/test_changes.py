@@ -182,6 +182,11 @@ def test_what_was_refused_is_not_tried_again_until_it_is_another(at: Deployment)
     at.synapse("discover", expect=1)
     assert at.blocks() == before
     assert at.pids() == pids
+    assert "rejected" in at.rows()["beta"]["reason"]
+    at.configure(SETTINGS)
+    at.synapse("discover")
+    wait_until(lambda: "rejected" not in at.rows()["beta"]["reason"], 10, "no longer told")
+    assert at.pids() == pids
     at.configure(f"{SETTINGS}\n[model:beta]\ncontext = 256")
     at.synapse("discover")
     row = at.wait_for_rows({"beta": "ready"})["beta"]
@@ -662,3 +667,26 @@ def _with_an_unknown_tensor(content: bytes) -> bytes:
     """
     assert b"blk.0.attn_norm.weight" in content
     return content.replace(b"blk.0.attn_norm.weight", b"blk.0.attn_nurm.weight", 1)
+
+
+def test_a_port_that_a_stranger_has_is_refused_before_anything_is_stopped(at: Deployment) -> None:
+    former = Former(at, "beta")
+    port = at.ports[-1]
+    at.configure(f"{SETTINGS}\n[model:beta]\nport = {port}")
+    with stranger_on(port):
+        done = at.synapse("discover", expect=None)
+    assert str(port) in done.text
+    assert at.pids() == former.pids
+    assert block(at, "beta").read_text() == former.text
+    assert at.rows()["beta"]["phase"] == "ready"
+
+
+def test_a_port_given_to_two_models_removes_neither(at: Deployment) -> None:
+    """Whom the plan has no place for goes on as it was, and the warning says why."""
+    pids = at.pids()
+    port = at.rows()["beta"]["port"]
+    at.configure(f"{SETTINGS}\n[model:beta]\nport = {port}\n[model:gamma]\nport = {port}")
+    done = at.synapse("discover", expect=None)
+    assert f"port {port} is given to two models" in done.err
+    assert at.pids() == pids
+    assert set(at.rows()) == set(NAMES)
