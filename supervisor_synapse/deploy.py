@@ -8,7 +8,6 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
 
 from supervisor_synapse import commit as commits
@@ -166,7 +165,7 @@ def _refuse(deployment: Deployment, found: Change) -> None:
     """
     known = generations.standings(deployment)
     after = {
-        name: replace(known[name], refused=None)
+        name: trials.as_meant(known[name])
         for name in found.changes.unchanged
         if name in known and name not in found.not_tried
     }

@@ -573,13 +573,17 @@ def _size(path: str) -> int:
 
 
 def _stamp(paths: Iterable[str]) -> int:
-    """Changes when one of the files does, comes or goes."""
+    """Changes when one of the files does; 0 where one is missing, or cannot be read."""
     facts = []
     for path in paths:
-        with contextlib.suppress(OSError):
+        try:
             status = os.stat(path)
-            facts.append((path, status.st_mtime_ns, status.st_size, status.st_ino))
-    return zlib.crc32(repr(facts).encode())
+        except OSError:
+            return 0
+        if not os.access(path, os.R_OK):
+            return 0
+        facts.append((path, status.st_mtime_ns, status.st_size, status.st_ino))
+    return zlib.crc32(repr(facts).encode()) or 1
 
 
 def _log_tail(path: Path, most_bytes: int = _LOG_TAIL_BYTES) -> str:

@@ -135,14 +135,22 @@ def _taken_up(standing: Standing, generation: Generation, digest: str, name: str
         others = tuple(one for one in standing.rejected if one.digest != digest)
         return proven(rejected(replace(fresh, rejected=others), left))
     # Whoever has discovery write a block means it: it may be tried once more. Of those that are
-    # edited by hand, the ones that failed stay rejected.
+    # edited by hand, the ones that failed stay rejected. What was left by command is history.
     is_meant = generation.surface != UPDATE
     kept = tuple(
         one
         for one in standing.rejected
-        if one.digest != digest or (one.failure is not None and not is_meant)
+        if one.failure is not None and not (is_meant and one.digest == digest)
     )
-    return replace(fresh, rejected=kept, refused=None)
+    after = replace(fresh, rejected=kept, refused=None)
+    # One that was good before is the one to go back to from now on.
+    return after if after.on_trial else proven(after)
+
+
+def as_meant(standing: Standing) -> Standing:
+    """The settings mean the applied block: what they meant before is no longer told."""
+    failed = tuple(one for one in standing.rejected if one.failure is not None)
+    return replace(standing, rejected=failed, refused=None)
 
 
 def broken_by(standings: Standings, generation: int) -> tuple[tuple[str, FailureClass], ...]:

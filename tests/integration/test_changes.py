@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import json
 import os
 import random
@@ -79,10 +80,40 @@ def _are_proved(at: Deployment, names: tuple[str, ...]) -> bool:
     )
 
 
-@pytest.fixture
-def at(llama_server: Engine) -> Iterator[Deployment]:
+@pytest.fixture(scope="module")
+def fleet(llama_server: Engine) -> Iterator[Deployment]:
     with proved(*NAMES) as deployment:
         yield deployment
+
+
+@pytest.fixture
+def at(fleet: Deployment) -> Deployment:
+    """The fleet of this module as it was in the beginning, whatever a test before has left."""
+    for path in (*fleet.conf_d.iterdir(), *(fleet.etc / "templates").iterdir()):
+        if path.name not in {f"{name}.conf" for name in NAMES}:
+            path.unlink()
+    fleet.configure(SETTINGS)
+    forced = [word for name in NAMES for word in ("--force", name)]
+    wait_until(lambda: fleet.synapse("discover", *forced, expect=None).status == 0, 30, "reset")
+    fleet.ctl("update")
+    wait_until(lambda: _are_proved(fleet, NAMES), 30, "proved")
+    return fleet
+
+
+@pytest.fixture
+def own(llama_server: Engine) -> Iterator[Deployment]:
+    """A deployment of a test's own."""
+    with proved(*NAMES) as deployment:
+        yield deployment
+
+
+_flags = itertools.count(1)
+
+
+@pytest.fixture
+def flag() -> str:
+    """An argument that llama-server does not know, and that was never tried."""
+    return f"--no-such-flag-{next(_flags)}"
 
 
 def block(at: Deployment, name: str) -> Path:
@@ -153,30 +184,32 @@ class Former:
         return self.text, self.arguments
 
 
-def test_a_bad_flag_in_the_settings_is_refused_before_anything_is_stopped(at: Deployment) -> None:
+def test_a_bad_flag_in_the_settings_is_refused_before_anything_is_stopped(
+    at: Deployment, flag: str
+) -> None:
     """The engine itself says that it does not know it; the model goes on with its process."""
     former = Former(at, "beta")
-    at.configure(f"{SETTINGS}\n[model:beta]\nargs = --no-such-flag")
+    at.configure(f"{SETTINGS}\n[model:beta]\nargs = {flag}")
     done = at.synapse("discover", expect=1)
     assert "beta" in done.text
-    assert "--no-such-flag" in done.text
+    assert flag in done.text
     row = former.serves_again()
     assert at.pids() == former.pids
     assert row["last_failure"]["class"] == "bad-argument"
-    assert "--no-such-flag" in row["last_failure"]["message"]
-    assert "--no-such-flag" in row["reason"]
+    assert flag in row["last_failure"]["message"]
+    assert flag in row["reason"]
     text = rejected(at, "beta").read_text()
     assert text.startswith("; Rejected at ")
-    assert "no-such-flag" in text.split("[program:")[0]
+    assert flag in text.split("[program:")[0]
     assert any(
-        step["class"] == "bad-argument" and "--no-such-flag" in step["evidence"]
+        step["class"] == "bad-argument" and flag in step["evidence"]
         for step in at.steps("beta", former.began)
     )
 
 
-def test_what_was_refused_is_not_tried_again_until_it_is_another(at: Deployment) -> None:
+def test_what_was_refused_is_not_tried_again_until_it_is_another(at: Deployment, flag: str) -> None:
     """Discovering again changes nothing; other settings are taken."""
-    at.configure(f"{SETTINGS}\n[model:beta]\nargs = --no-such-flag")
+    at.configure(f"{SETTINGS}\n[model:beta]\nargs = {flag}")
     at.synapse("discover", expect=1)
     before, pids = at.blocks(), at.pids()
     at.synapse("discover", expect=1)
@@ -195,10 +228,10 @@ def test_what_was_refused_is_not_tried_again_until_it_is_another(at: Deployment)
     assert "rejected" not in row["reason"]
 
 
-def test_a_bad_flag_in_an_edited_block_goes_back_by_itself(at: Deployment) -> None:
+def test_a_bad_flag_in_an_edited_block_goes_back_by_itself(at: Deployment, flag: str) -> None:
     """`supervisorctl update` stops the model; the edit fails, and the former block serves."""
     former = Former(at, "beta")
-    bad = edit(at, "beta", "--no-such-flag")
+    bad = edit(at, "beta", flag)
     at.ctl("update")
     row = former.serves_again()
     assert row["last_failure"]["class"] == "bad-argument"
@@ -207,20 +240,20 @@ def test_a_bad_flag_in_an_edited_block_goes_back_by_itself(at: Deployment) -> No
     assert not row["trial"]
 
 
-def test_the_same_failed_edit_is_not_tried_a_second_time(at: Deployment) -> None:
+def test_the_same_failed_edit_is_not_tried_a_second_time(at: Deployment, flag: str) -> None:
     former = Former(at, "beta")
-    bad = edit(at, "beta", "--no-such-flag")
+    bad = edit(at, "beta", flag)
     at.ctl("update")
     former.serves_again()
-    log = at.log_of("beta").count("--no-such-flag")
+    log = at.log_of("beta").count(flag)
     again = Former(at, "beta")
     block(at, "beta").write_text(bad)
     at.ctl("update")
     again.serves_again()
-    assert at.log_of("beta").count("--no-such-flag") == log
+    assert at.log_of("beta").count(flag) == log
 
 
-def test_an_edit_that_works_is_kept_and_proves_itself(at: Deployment) -> None:
+def test_an_edit_that_works_is_kept_and_proves_itself(at: Deployment, flag: str) -> None:
     """It comes back by itself after `update`, is a generation, and later what is gone back to."""
     former = Former(at, "beta")
     good = edit(at, "beta", "--temp 0.5")
@@ -237,7 +270,7 @@ def test_an_edit_that_works_is_kept_and_proves_itself(at: Deployment) -> None:
     assert listed[-1]["by"] == "update"
     assert listed[-1]["generation"] == row["generation"]
     assert listed[-1]["blocks"]["beta"]["state"] == "good"
-    block(at, "beta").write_text(with_argument(good, "--no-such-flag"))
+    block(at, "beta").write_text(with_argument(good, flag))
     former = Former(at, "beta")
     former.text = good
     at.ctl("update")
@@ -255,8 +288,9 @@ def test_a_context_that_cannot_fit_goes_back(at: Deployment) -> None:
     assert "needs" in row["last_failure"]["message"]
 
 
-def test_a_corrupt_new_file_goes_back_to_the_former_one(at: Deployment) -> None:
+def test_a_corrupt_new_file_goes_back_to_the_former_one(own: Deployment) -> None:
     """The repo has a new revision whose file cannot be loaded; the former blob serves on."""
+    at = own
     former = Former(at, "beta")
     whole = write_model(at.sources / "beta2.gguf", seed=99)
     content = whole.read_bytes()
@@ -342,7 +376,7 @@ def test_a_strangers_broken_block_is_named_and_left_alone(at: Deployment) -> Non
     assert at.pids() == pids
 
 
-def test_a_strangers_program_is_never_touched(at: Deployment) -> None:
+def test_a_strangers_program_is_never_touched(at: Deployment, flag: str) -> None:
     """It keeps its file and its process through discoveries, edits and rollbacks of models."""
     strange = at.conf_d / "strange.conf"
     text = "[program:strange]\ncommand=/bin/sleep 600\nautostart=true\n"
@@ -350,7 +384,7 @@ def test_a_strangers_program_is_never_touched(at: Deployment) -> None:
     at.ctl("update")
     pid = at.ctl("pid", "strange").out
     former = Former(at, "beta")
-    edit(at, "beta", "--no-such-flag")
+    edit(at, "beta", flag)
     at.ctl("update")
     former.serves_again()
     at.configure(f"{SETTINGS}\n[model:alpha]\ncontext = 256")
@@ -464,10 +498,10 @@ def test_rollback_by_command_goes_to_the_former_good_one_and_to_a_named_one(
     }
 
 
-def test_a_never_good_block_is_no_target(at: Deployment) -> None:
+def test_a_never_good_block_is_no_target(at: Deployment, flag: str) -> None:
     """Neither by itself nor by command."""
     former = Former(at, "beta")
-    edit(at, "beta", "--no-such-flag")
+    edit(at, "beta", flag)
     at.ctl("update")
     former.serves_again()
     listed = at.synapse("generations", "beta", "--json").json()
@@ -476,7 +510,8 @@ def test_a_never_good_block_is_no_target(at: Deployment) -> None:
     assert "never good" in done.err
 
 
-def test_rollback_works_while_nothing_runs(at: Deployment) -> None:
+def test_rollback_works_while_nothing_runs(own: Deployment) -> None:
+    at = own
     former = Former(at, "beta")
     at.configure(f"{SETTINGS}\n[model:beta]\ncontext = 256")
     at.synapse("discover")
@@ -489,7 +524,8 @@ def test_rollback_works_while_nothing_runs(at: Deployment) -> None:
     assert arguments(at, "beta") == former.arguments
 
 
-def test_nothing_changed_touches_nothing(at: Deployment) -> None:
+def test_nothing_changed_touches_nothing(own: Deployment) -> None:
+    at = own
     at.synapse("discover")  # it has learned what they take
     listeners_own = {"state.json", "memory.json"}
     before = {
@@ -506,7 +542,8 @@ def test_nothing_changed_touches_nothing(at: Deployment) -> None:
     assert len(known) == 1
 
 
-def test_a_removed_model_is_drained_and_its_block_kept_in_the_generation(at: Deployment) -> None:
+def test_a_removed_model_is_drained_and_its_block_kept_in_the_generation(own: Deployment) -> None:
+    at = own
     text = block(at, "beta").read_text()
     shutil.rmtree(at.hub.repo("acme/beta"))
     assert at.discover()["changes"]["removed"] == ["beta"]
@@ -548,10 +585,11 @@ def _is_locked(path: Path) -> bool:
 
 
 @pytest.mark.timeout(300)
-def test_whoever_is_killed_in_the_middle_of_a_change_is_carried_on_with(at: Deployment) -> None:
+def test_whoever_is_killed_in_the_middle_of_a_change_is_carried_on_with(own: Deployment) -> None:
     """Discoveries and listeners killed at random moments: each time one of the two blocks serves,
     whole, once, and all state can be read.
     """
+    at = own
     rounds = int(os.environ.get("SYNAPSE_KILLS", "12"))
     chance = random.Random(7)
     for turn in range(rounds):
@@ -630,7 +668,8 @@ def test_supervisorctl_discovers_and_shows_what_it_found(at: Deployment) -> None
     assert "beta" in listed[-1]["changed"]
 
 
-def test_generations_are_shown_as_a_table(at: Deployment) -> None:
+def test_generations_are_shown_as_a_table(own: Deployment) -> None:
+    at = own
     table = at.synapse("generations").out
     assert "GENERATION" in table
     assert "+ alpha" in table
