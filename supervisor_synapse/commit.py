@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from supervisor_synapse.adapters import generations, registry, store
 from supervisor_synapse.adapters.deployment import Deployment
 from supervisor_synapse.adapters.generations import Kept
-from supervisor_synapse.adapters.registry import Registry
+from supervisor_synapse.adapters.registry import Entry, Registry
 from supervisor_synapse.core import trials
 from supervisor_synapse.core.failures import printable
 from supervisor_synapse.core.model import Failure
@@ -77,10 +77,11 @@ def commit(
     untold |= {name: digests.get(name, "") for name in step.renewed if name in digests}
     untold |= {block.name: block.digest for block in step.written}
     untold |= dict.fromkeys(step.removed, "")
-    after = replace(step.registry, untold=untold)
+    entries = _with_forced(step)
+    after = replace(step.registry, entries=entries, untold=untold)
     if not registry.is_same(registry.load(deployment.registry), after):
         registry.save(deployment.registry, after)
-    _carry_out(deployment, after, generation, step.forced)
+    _carry_out(deployment, after, generation)
     _know_the_rest(deployment, step)
     # All blocks stand: from now on only the newest text is ours, and a hand edit back to an older
     # one is an edit like any other.
@@ -89,6 +90,19 @@ def commit(
         registry.save(deployment.registry, settled)
     if generation is not None:
         generations.prune(deployment, generations.standings(deployment))
+
+
+def _with_forced(step: Step) -> dict[str, Entry]:
+    """Until all blocks stand, an edited one that is overwritten counts as ours: whoever carries on
+    has to know it, too.
+    """
+    names = {block.name for block in step.written}
+    return {
+        key: replace(entry, digests=(*entry.digests, *sorted(step.forced)))
+        if entry.name in names
+        else entry
+        for key, entry in step.registry.entries.items()
+    }
 
 
 def complete(deployment: Deployment) -> None:
@@ -106,7 +120,6 @@ def _carry_out(
     deployment: Deployment,
     found: Registry,
     generation: Generation | None,
-    forced: frozenset[str] = frozenset(),
 ) -> None:
     """Steps 3 and 4; what is done already is left alone."""
     known = generations.standings(deployment)
@@ -122,7 +135,7 @@ def _carry_out(
     for name, digest in found.untold.items():
         mine = (*ours.get(name, ()), *_digests(known.get(name)), *_digests(after.get(name)))
         there = _digest_there(deployment, name)
-        if there and there not in mine and there not in forced:
+        if there and there not in mine:
             continue  # edited by hand since: that is looked at by itself
         if digest and there != digest:
             _write(deployment, name, digest, failures.get(name))
