@@ -106,22 +106,43 @@ def _with_forced(step: Step) -> dict[str, Entry]:
 
 
 def complete(deployment: Deployment) -> None:
-    """Carry on where somebody was killed; for whoever holds the lock.
+    """Carry on where somebody was killed; for whoever holds the lock, before a change of his own.
 
     Raises:
         OSError: it is still not done.
     """
     found = registry.load(deployment.registry)
-    if found.untold:
-        _carry_out(deployment, found, generations.load(deployment, found.generation))
+    generation = generations.load(deployment, found.generation)
+    if generation is not None:
+        generation = _what_is_sure(deployment, found, generation)
+    elif not found.untold:
+        return
+    is_done = _carry_out(deployment, found, generation)
+    settled = registry.settled(found)
+    if is_done and settled != found:
+        registry.save(deployment.registry, settled)
+
+
+def _what_is_sure(deployment: Deployment, found: Registry, generation: Generation) -> Generation:
+    """Of a generation: where trials.json was lost, a block may have been rendered anew since."""
+    known = generations.standings(deployment)
+
+    def is_sure(name: str) -> bool:
+        is_told_of = name in known or name in found.untold
+        return is_told_of or _digest_there(deployment, name) == generation.blocks.get(name)
+
+    return replace(
+        generation, added=tuple(filter(is_sure, generation.added)),
+        changed=tuple(filter(is_sure, generation.changed)),
+    )  # fmt: skip
 
 
 def _carry_out(
     deployment: Deployment,
     found: Registry,
     generation: Generation | None,
-) -> None:
-    """Steps 3 and 4; what is done already is left alone."""
+) -> bool:
+    """Steps 3 and 4; what is done already is left alone. Whether no block that it takes is lost."""
     known = generations.standings(deployment)
     after = known if generation is None else trials.taken_up(known, generation)
     for name, digest in found.untold.items():
@@ -132,15 +153,17 @@ def _carry_out(
         generations.save_standings(deployment, after)
     failures = {} if generation is None else generation.failures
     ours = found.digests()
+    is_done = True
     for name, digest in found.untold.items():
         mine = (*ours.get(name, ()), *_digests(known.get(name)), *_digests(after.get(name)))
         there = _digest_there(deployment, name)
         if there and there not in mine:
             continue  # edited by hand since: that is looked at by itself
         if digest and there != digest:
-            _write(deployment, name, digest, failures.get(name))
+            is_done = _write(deployment, name, digest, failures.get(name)) and is_done
         elif not digest:
             deployment.block(name).unlink(missing_ok=True)
+    return is_done
 
 
 def _digests(standing: Standing | None) -> tuple[str, ...]:
@@ -157,15 +180,18 @@ def _digest_there(deployment: Deployment, name: str) -> str:
     return digest_of(path.read_bytes()) if path.exists() else ""
 
 
-def _write(deployment: Deployment, name: str, digest: str, why: Failure | None) -> None:
-    """Put a kept block in place of what is there; that is left beside where it failed."""
+def _write(deployment: Deployment, name: str, digest: str, why: Failure | None) -> bool:
+    """Put a kept block in place of what is there; that is left beside where it failed. Whether it
+    is kept.
+    """
     path = deployment.block(name)
     kept = generations.kept(deployment, digest)
     if kept is None:
-        return
+        return False
     if why is not None and path.exists():
         reject(deployment, name, path.read_text("utf-8", "replace"), why)
     store.write_text(path, kept.text)
+    return True
 
 
 def _know_the_rest(deployment: Deployment, step: Step) -> None:

@@ -38,6 +38,7 @@ def move_port(deployment: Deployment, name: str) -> None:
         ApplyError, TransientError: it could not be carried out.
     """
     with commits.locked(deployment):
+        commits.complete(deployment)
         _render_anew(deployment, name, discovery.with_another_port(deployment, name))
 
 
@@ -49,6 +50,7 @@ def set_rung(deployment: Deployment, name: str, rung: int) -> None:
         ApplyError, TransientError: it could not be carried out.
     """
     with commits.locked(deployment):
+        commits.complete(deployment)
         _render_anew(deployment, name, discovery.with_another_rung(deployment, name, rung))
 
 
@@ -125,6 +127,7 @@ def adopt(deployment: Deployment, names: Sequence[str]) -> None:
         OSError, TransientError: it was not written down.
     """
     with commits.locked(deployment):
+        commits.complete(deployment)
         earlier = registry.load(deployment.registry)
         known = generations.standings(deployment)
         programs = {program.name: program for program in earlier.programs}
@@ -283,6 +286,7 @@ def set_aside(deployment: Deployment, name: str, failure: Failure) -> str:
         OSError, TransientError: it was not carried out.
     """
     with commits.locked(deployment):
+        commits.complete(deployment)
         standing = generations.standings(deployment).get(name)
         kept = None if standing is None else generations.kept(deployment, standing.digest)
         if kept is None:

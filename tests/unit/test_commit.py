@@ -5,10 +5,11 @@ Then whoever comes next carries on, and all is either as it was, or as it would 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,12 @@ import pytest
 
 from supervisor_synapse import commit as commits
 from supervisor_synapse import revise
-from supervisor_synapse.adapters import generations, registry
-from supervisor_synapse.adapters.deployment import Deployment
-from supervisor_synapse.core import trials
-from supervisor_synapse.core.trials import Generation, Rejected
 from supervisor_synapse.errors import SynapseError
 from tests.unit.applied import FAILURE, Applied, Faults, Killed, faulty, tiny
 
 # A deployment in which alpha has a former good block, beta was edited by hand and adopted, gamma
-# is as it came; and one that somebody changes by each of `CHANGES`.
+# and delta are as they came; each of `CHANGES` changes that.
+NAMES = ("alpha", "beta", "gamma", "delta")
 
 
 @dataclass(frozen=True)
@@ -50,9 +48,9 @@ class Original:
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Original:
     at = Applied.at(tmp_path_factory.mktemp("original") / "at")
-    programs = [tiny("alpha"), tiny("beta", port=8101), tiny("gamma", port=8102)]
+    programs = [tiny(name, port=8100 + place) for place, name in enumerate(NAMES)]
     at.discover(*programs)
-    at.prove("alpha", "beta", "gamma")
+    at.prove(*NAMES)
     at.discover(tiny("alpha", "--mlock"), *programs[1:])
     at.edit("beta", "--no-warmup")
     revise.adopt(at.deployment, ["beta"])
@@ -63,17 +61,18 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Original:
 
 
 def discovered(at: Applied) -> None:
-    """A discovery that adds one, changes two and removes one."""
+    """A discovery that adds one, changes two, removes one and keeps what was edited."""
     at.discover(
-        tiny("alpha", "--no-mmap"), tiny("gamma", "--mlock", port=8102), tiny("new", port=8103)
-    )
+        tiny("alpha", "--no-mmap"), tiny("beta", port=8101), tiny("gamma", "--mlock", port=8102),
+        tiny("new", port=8104),
+    )  # fmt: skip
 
 
 def forced(at: Applied) -> None:
     """A discovery that takes ours in place of a block that was edited by hand."""
     at.discover(
         tiny("alpha", "--mlock"), tiny("beta", "--jinja", port=8101), tiny("gamma", port=8102),
-        forced=("beta",),
+        tiny("delta", port=8103), forced=("beta",),
     )  # fmt: skip
 
 
@@ -177,3 +176,71 @@ def test_a_change_that_is_broken_off_anywhere_is_whole_or_not_at_all(
         assert at.stray_files() == []
         found.add(picture == after)
     assert found == {False, True}
+
+
+def broken_off(original: Original, change: Callable[[Applied], None]) -> Iterator[Applied]:
+    """The deployment as somebody left it who was killed in a change, at each step of it."""
+    for number in range(1, 200):
+        at = original.again()
+        for name in EDITED.get(change, ()):
+            at.edit(name, "--verbose")
+        faults = FAULTS["killed"](number)
+        attempt(at, change, faults)
+        if not faults.did_strike:
+            return
+        yield at
+
+
+@pytest.mark.parametrize("other", [on_another_rung, on_another_port], ids=lambda one: one.__name__)
+def test_what_follows_a_change_that_was_broken_off_carries_it_on_first(
+    original: Original, other: Callable[[Applied], None]
+) -> None:
+    """Else a block that nobody has tried would pass for the good one on another rung or port."""
+    name = "gamma" if other is on_another_rung else "alpha"
+    tried = set()
+    for at in broken_off(original, discovered):
+        with contextlib.suppress(SynapseError, OSError):
+            other(at)
+        is_new = at.registry().generation > 3
+        standing = at.standings()[name]
+        assert standing.on_trial == (is_new or name == "alpha")
+        assert standing.digest == at.on_disk()[name]
+        tried.add(is_new)
+    assert tried == {False, True}
+
+
+def test_an_edit_is_adopted_only_after_what_was_broken_off_is_carried_on(
+    original: Original,
+) -> None:
+    for at in broken_off(original, discovered):
+        was_written = at.registry().generation > 3
+        at.edit("beta", "--verbose")
+        revise.adopt(at.deployment, ["beta"])
+        standing = at.standings()["gamma"]
+        assert standing.on_trial == was_written
+        assert at.standings()["beta"].digest == at.on_disk()["beta"]
+
+
+@pytest.mark.parametrize("change", [discovered, rolled_back, rolled_back_by_command, forced])
+def test_an_edit_between_a_kill_and_the_completion_is_not_overwritten(
+    original: Original, change: Callable[[Applied], None]
+) -> None:
+    count = 0
+    for at in broken_off(original, change):
+        edited = {name: at.edit(name, "--edited") for name in at.on_disk()}
+        complete(at)
+        after = at.on_disk()
+        assert {name: after[name] for name in edited} == edited
+        count += 1
+    assert count > 10
+
+
+def test_an_edit_back_to_an_older_text_after_the_completion_is_an_edit(original: Original) -> None:
+    """What was ours while the change was under way is not ours for ever."""
+    for at in broken_off(original, discovered):
+        before = at.deployment.block("gamma").read_bytes()
+        complete(at)
+        at.deployment.block("gamma").write_bytes(before)
+        if at.registry().generation > 3 and before != b"":
+            digests = at.registry().digests()["gamma"]
+            assert len(digests) == 1
