@@ -56,8 +56,9 @@ def locked(deployment: Deployment) -> Iterator[None]:
 
 def commit(
     deployment: Deployment, step: Step, generation: Generation | None, *, tell: bool
-) -> None:
-    """Carry out a change, up to telling supervisord. For whoever holds the lock.
+) -> Generation | None:
+    """Carry out a change, up to telling supervisord. For whoever holds the lock. The generation as
+    it was written down.
 
     Without a `generation` the blocks say what they said before, on another port or rung. Not
     `tell`: there is no supervisord; it will read the files.
@@ -70,7 +71,9 @@ def commit(
     if generation is not None:
         stay = {name: one.digest for name, one in known.items() if name not in step.removed}
         new = {block.name: block.digest for block in (*step.standing, *step.written)}
-        generation = replace(generation, blocks=stay | new)
+        number = _number(deployment, generation.number, known)
+        generation = replace(generation, number=number, blocks=stay | new)
+        step = replace(step, registry=replace(step.registry, generation=number))
         generations.record(deployment, generation)
     digests = {block.name: block.digest for block in (*step.standing, *step.written)}
     untold = dict(step.registry.untold)
@@ -90,6 +93,16 @@ def commit(
         registry.save(deployment.registry, settled)
     if generation is not None:
         generations.prune(deployment, generations.standings(deployment))
+    return generation
+
+
+def _number(deployment: Deployment, meant: int, known: trials.Standings) -> int:
+    """The number of a new generation: where the registry was lost, others have the one meant, and
+    what it brings would pass for known.
+    """
+    used = [0, *generations.numbers(deployment), *(one.generation for one in known.values())]
+    is_free = max(used) <= meant and all(one.generation < meant for one in known.values())
+    return meant if is_free else max(used) + 1
 
 
 def _with_forced(step: Step) -> dict[str, Entry]:

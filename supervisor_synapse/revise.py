@@ -208,10 +208,10 @@ def roll_back(
         )  # fmt: skip
         tell = Supervisord(deployment.socket).is_up()
         step = commits.Step(registry=after, written=(kept,))
-        commits.commit(deployment, step, generation, tell=tell)
+        done = commits.commit(deployment, step, generation, tell=tell)
         if tell:
             _tell(deployment, Supervisord(deployment.socket), (name,))
-        return _said(name, generation)
+        return _said(name, done or generation)
 
 
 def _said(name: str, generation: Generation) -> str:
