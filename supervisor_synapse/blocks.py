@@ -157,6 +157,8 @@ class Blocks:
 
     def _is_held(self, name: str, held: Mapping[str, str]) -> bool:
         """Whether supervisord holds the block that is on disk: `reread` alone is not `update`."""
+        if not self._on_disk[name].digest:
+            return False  # a named pipe is not waited for
         try:
             text = self._deployment.block(name).read_text(encoding="utf-8")
         except (OSError, ValueError):

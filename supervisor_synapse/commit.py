@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from supervisor_synapse.adapters import generations, registry, store
+from supervisor_synapse.adapters import blocks, generations, registry, store
 from supervisor_synapse.adapters.deployment import Deployment
 from supervisor_synapse.adapters.generations import Kept
 from supervisor_synapse.adapters.registry import Entry, Registry
@@ -142,7 +142,9 @@ def _what_is_sure(deployment: Deployment, found: Registry, generation: Generatio
 
     def is_sure(name: str) -> bool:
         is_told_of = name in known or name in found.untold
-        return is_told_of or _digest_there(deployment, name) == generation.blocks.get(name)
+        return is_told_of or blocks.digest_there(deployment.block(name)) == generation.blocks.get(
+            name
+        )
 
     return replace(
         generation, added=tuple(filter(is_sure, generation.added)),
@@ -169,7 +171,7 @@ def _carry_out(
     is_done = True
     for name, digest in found.untold.items():
         mine = (*ours.get(name, ()), *_digests(known.get(name)), *_digests(after.get(name)))
-        there = _digest_there(deployment, name)
+        there = blocks.digest_there(deployment.block(name))
         if there and there not in mine:
             continue  # edited by hand since: that is looked at by itself
         if digest and there != digest:
@@ -186,11 +188,6 @@ def _digests(standing: Standing | None) -> tuple[str, ...]:
     good = (one.digest for one in standing.good)
     rejected = (one.digest for one in standing.rejected)
     return (standing.digest, *good, *rejected)
-
-
-def _digest_there(deployment: Deployment, name: str) -> str:
-    path = deployment.block(name)
-    return digest_of(path.read_bytes()) if path.exists() else ""
 
 
 def _write(deployment: Deployment, name: str, digest: str, why: Failure | None) -> bool:

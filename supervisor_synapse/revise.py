@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from supervisor_synapse import commit as commits
 from supervisor_synapse import discovery
-from supervisor_synapse.adapters import generations, registry, store
+from supervisor_synapse.adapters import blocks, generations, registry, store
 from supervisor_synapse.adapters.deployment import Deployment
 from supervisor_synapse.adapters.generations import Kept
 from supervisor_synapse.adapters.registry import Registry
@@ -249,7 +249,7 @@ def _good_in(deployment: Deployment, name: str, standing: Standing, to: int) -> 
 def _require_as_applied(deployment: Deployment, name: str, standing: Standing, kept: Kept) -> None:
     """What somebody is editing just now is not overwritten."""
     path = deployment.block(name)
-    there = commits.digest_of(path.read_bytes()) if path.exists() else ""
+    there = blocks.digest_there(path)
     if there not in ("", standing.digest, kept.digest):
         raise ConfigError(
             f"{name}: {path} was edited since it was applied: supervisorctl update takes it up"
@@ -292,6 +292,8 @@ def set_aside(deployment: Deployment, name: str, failure: Failure) -> str:
         if kept is None:
             raise RollbackFailed(f"{name}: there is no former block to put in its place")
         path = deployment.block(name)
+        if not path.is_file():
+            raise RollbackFailed(f"{name}: {path} is not a regular file; remove it")
         content = path.read_bytes()
         commits.reject(deployment, name, content.decode("utf-8", "replace"), failure)
         store.write_text(path, kept.text)

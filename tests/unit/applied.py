@@ -113,6 +113,9 @@ class Applied:
         """Digests of the blocks by name."""
         return {path.stem: _sha(path) for path in self.deployment.blocks.glob("*.conf")}
 
+    def on_disk_of(self, name: str) -> str:
+        return _sha(self.deployment.block(name))
+
     def picture(self) -> Any:
         """All that matters of a deployment, but times, and whom supervisord is still to be told."""
         found = self.registry()
