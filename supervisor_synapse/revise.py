@@ -135,7 +135,8 @@ def adopt(deployment: Deployment, names: Sequence[str]) -> None:
         for name in names:
             path = deployment.block(name)
             if name in programs and path.is_file():
-                texts[name] = path.read_text(encoding="utf-8")
+                # Byte for byte: a block is known by them, whatever ends its lines.
+                texts[name] = path.read_bytes().decode("utf-8")
         digests = {name: generations.digest(text) for name, text in texts.items()}
         changed = tuple(
             name for name, now in digests.items() if known.get(name, Standing()).digest != now
