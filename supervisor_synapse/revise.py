@@ -90,13 +90,17 @@ def _tell(deployment: Deployment, rpc: Supervisord, names: Sequence[str]) -> Non
 
 
 def told_of(deployment: Deployment, names: Sequence[str]) -> None:
-    """Supervisord holds of these programs what it shall hold.
+    """Supervisord holds of these programs what it shall hold, unless their blocks were still being
+    written when that was seen.
 
     Raises:
         OSError, TransientError: it was not written down.
     """
     with commits.locked(deployment):
-        _forget_untold(deployment, names)
+        commits.complete(deployment)
+        reread = Supervisord(deployment.socket).reread()
+        differ = reread.added | reread.changed | reread.removed
+        _forget_untold(deployment, [name for name in names if name not in differ])
 
 
 def _forget_untold(deployment: Deployment, names: Sequence[str]) -> None:
