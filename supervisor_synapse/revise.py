@@ -196,9 +196,9 @@ def roll_back(
             raise ConfigError(f"{name}: there is no such model")
         if left and standing.digest != left:
             return f"{name}: has another block by now"
-        newest = generations.load(deployment, earlier.generation)
-        if command and newest is not None and newest.command == command:
-            return _said(name, newest)
+        done_before = _carried_out(deployment, earlier, command) if command else None
+        if done_before is not None:
+            return _said(name, done_before)
         kept = _to_go_back_to(deployment, name, standing, to)
         _require_as_applied(deployment, name, standing, kept)
         number = earlier.generation + 1
@@ -217,6 +217,15 @@ def roll_back(
         if tell:
             _tell(deployment, Supervisord(deployment.socket), (name,))
         return _said(name, done or generation)
+
+
+def _carried_out(deployment: Deployment, earlier: Registry, command: str) -> Generation | None:
+    """What a command has brought about already; a generation that is newer than the registry was
+    never applied.
+    """
+    found = generations.every(deployment)
+    of_it = (one for one in found if one.command == command and one.number <= earlier.generation)
+    return next(of_it, None)
 
 
 def _said(name: str, generation: Generation) -> str:
