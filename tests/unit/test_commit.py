@@ -134,7 +134,7 @@ def attempt(at: Applied, change: Callable[[Applied], None], faults: Faults) -> N
             raise AssertionError(repr(error)) from error
 
 
-EDITED = {adopted: ("alpha", "gamma"), forced_over_an_edit: ("beta",)}
+EDITED: dict[Any, tuple[str, ...]] = {adopted: ("alpha", "gamma"), forced_over_an_edit: ("beta",)}
 FAULTS: dict[str, Callable[[int], Faults]] = {
     "killed": lambda n: Faults(n, Killed(), lasts=True),
     "disk full for a moment": lambda n: Faults(n, OSError(errno.ENOSPC, "full", "f"), lasts=False),

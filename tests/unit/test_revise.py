@@ -465,6 +465,7 @@ def test_what_was_broken_off_is_carried_on_before_it_is_crossed_off(
     at: Applied, supervisord: Scripted
 ) -> None:
     """Killed between registry and block: supervisord holds the block on disk, but a former one."""
+    at.prove("alpha")
     before = at.deployment.block("alpha").read_text()
     at.discover(tiny("alpha", "--jinja"), tiny("beta", port=8101), tiny("gamma", port=8102))
     after = at.on_disk()["alpha"]
