@@ -139,7 +139,9 @@ class World:
         self.states = {}
         self.out.clear()
 
-    def _apply(self, surface: str, blocks: Mapping[str, str], failure: Failure | None = None) -> None:
+    def _apply(
+        self, surface: str, blocks: Mapping[str, str], failure: Failure | None = None
+    ) -> None:
         self.number += 1
         failures = dict.fromkeys(blocks, failure) if failure else {}
         generation = Generation(

@@ -31,6 +31,7 @@ from supervisor_synapse.core import trials
 from supervisor_synapse.core.changes import Changes
 from supervisor_synapse.core.model import Failure, FailureClass
 from supervisor_synapse.core.swap import Step, Swap
+from supervisor_synapse.errors import ConfigError
 from tests.gguf_factory import write_model
 
 FIRST_LAYOUT = Path(__file__).parent / "data" / "first_layout"
@@ -189,7 +190,7 @@ def test_the_next_change_can_be_taken_back(old: Old, how: str) -> None:
 def test_before_any_discovery_a_command_finds_nothing_and_harms_nothing(old: Old) -> None:
     """The listener may be new while nobody has discovered yet."""
     texts = old.texts()
-    with pytest.raises(revise.ConfigError, match="alpha: there is no such model"):
+    with pytest.raises(ConfigError, match="alpha: there is no such model"):
         revise.roll_back(old.deployment, "alpha")
     revise.bless(old.deployment, "alpha", "x")
     revise.adopt(old.deployment, ["alpha", "beta"])
