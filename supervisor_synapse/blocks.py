@@ -43,7 +43,7 @@ class Sight:
     trials: Mapping[str, Trial] = field(default_factory=dict)
     untold: frozenset[str] = frozenset()  # supervisord may hold another block than the applied one
     outdated: frozenset[str] = frozenset()  # it does
-    unadopted: frozenset[str] = frozenset()  # edited, and not yet taken note of
+    unadopted: frozenset[str] = frozenset()  # edited, taken up, and not yet taken note of; perhaps
 
 
 class Blocks:
@@ -126,14 +126,17 @@ class Blocks:
         is_due = any(not table[name].pid for name in news) or not self._standings
         names = news if is_due else []
         stamps = [(name, self._on_disk[name].stamp) for name in names]
+        # What runs may have begun with the edited block, or with the one before: nobody can tell.
+        running = frozenset(name for name in news if table[name].pid)
         if not names or not self._may_try(f"adopt {stamps}"):
-            return frozenset(self._unadopted & set(names))
+            return (self._unadopted & set(names)) | running
         held = self._held_commands()
         taken = [name for name in names if self._is_held(name, held)]
-        if not taken or self._do("edited blocks", partial(self._deployer.adopt, taken)):
-            taken = []
+        adopted = []
+        if taken and self._do("edited blocks", partial(self._deployer.adopt, taken)):
+            taken, adopted = [], taken
         self._unadopted = frozenset(taken)
-        return self._unadopted
+        return self._unadopted | (running - frozenset(adopted))
 
     def _is_news(self, name: str, found: Registry, process: Process | None) -> bool:
         """Whether a block is not the applied one; of which nothing is known yet only if it is ours,
@@ -154,6 +157,8 @@ class Blocks:
 
     def _is_held(self, name: str, held: Mapping[str, str]) -> bool:
         """Whether supervisord holds the block that is on disk: `reread` alone is not `update`."""
+        if not self._on_disk[name].digest:
+            return False  # a named pipe is not waited for
         try:
             text = self._deployment.block(name).read_text(encoding="utf-8")
         except (OSError, ValueError):

@@ -19,10 +19,10 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from supervisor_synapse.adapters import generations, registry, store
+from supervisor_synapse.adapters import blocks, generations, registry, store
 from supervisor_synapse.adapters.deployment import Deployment
 from supervisor_synapse.adapters.generations import Kept
-from supervisor_synapse.adapters.registry import Registry
+from supervisor_synapse.adapters.registry import Entry, Registry
 from supervisor_synapse.core import trials
 from supervisor_synapse.core.failures import printable
 from supervisor_synapse.core.model import Failure
@@ -61,8 +61,9 @@ def next_generation(deployment: Deployment, found: Registry) -> int:
 
 def commit(
     deployment: Deployment, step: Step, generation: Generation | None, *, tell: bool
-) -> None:
-    """Carry out a change, up to telling supervisord. For whoever holds the lock.
+) -> Generation | None:
+    """Carry out a change, up to telling supervisord. For whoever holds the lock. The generation as
+    it was written down.
 
     Without a `generation` the blocks say what they said before, on another port or rung. Not
     `tell`: there is no supervisord; it will read the files.
@@ -75,17 +76,20 @@ def commit(
     if generation is not None:
         stay = {name: one.digest for name, one in known.items() if name not in step.removed}
         new = {block.name: block.digest for block in (*step.standing, *step.written)}
-        generation = replace(generation, blocks=stay | new)
+        number = _number(deployment, generation.number, known)
+        generation = replace(generation, number=number, blocks=stay | new)
+        step = replace(step, registry=replace(step.registry, generation=number))
         generations.record(deployment, generation)
     digests = {block.name: block.digest for block in (*step.standing, *step.written)}
     untold = dict(step.registry.untold)
     untold |= {name: digests.get(name, "") for name in step.renewed if name in digests}
     untold |= {block.name: block.digest for block in step.written}
     untold |= dict.fromkeys(step.removed, "")
-    after = replace(step.registry, untold=untold)
+    entries = _with_forced(step)
+    after = replace(step.registry, entries=entries, untold=untold)
     if not registry.is_same(registry.load(deployment.registry), after):
         registry.save(deployment.registry, after)
-    _carry_out(deployment, after, generation, step.forced)
+    _carry_out(deployment, after, generation)
     _know_the_rest(deployment, step)
     # All blocks stand: from now on only the newest text is ours, and a hand edit back to an older
     # one is an edit like any other.
@@ -94,26 +98,71 @@ def commit(
         registry.save(deployment.registry, settled)
     if generation is not None:
         generations.prune(deployment, generations.standings(deployment))
+    return generation
+
+
+def _number(deployment: Deployment, meant: int, known: trials.Standings) -> int:
+    """The number of a new generation: where the registry was lost, others have the one meant, and
+    what it brings would pass for known.
+    """
+    used = [0, *generations.numbers(deployment), *(one.generation for one in known.values())]
+    is_free = max(used) <= meant and all(one.generation < meant for one in known.values())
+    return meant if is_free else max(used) + 1
+
+
+def _with_forced(step: Step) -> dict[str, Entry]:
+    """Until all blocks stand, an edited one that is overwritten counts as ours: whoever carries on
+    has to know it, too.
+    """
+    names = {block.name for block in step.written}
+    return {
+        key: replace(entry, digests=(*entry.digests, *sorted(step.forced)))
+        if entry.name in names
+        else entry
+        for key, entry in step.registry.entries.items()
+    }
 
 
 def complete(deployment: Deployment) -> None:
-    """Carry on where somebody was killed; for whoever holds the lock.
+    """Carry on where somebody was killed; for whoever holds the lock, before a change of his own.
 
     Raises:
         OSError: it is still not done.
     """
     found = registry.load(deployment.registry)
-    if found.untold:
-        _carry_out(deployment, found, generations.load(deployment, found.generation))
+    generation = generations.load(deployment, found.generation)
+    if generation is not None:
+        generation = _what_is_sure(deployment, found, generation)
+    elif not found.untold:
+        return
+    is_done = _carry_out(deployment, found, generation)
+    settled = registry.settled(found)
+    if is_done and settled != found:
+        registry.save(deployment.registry, settled)
+
+
+def _what_is_sure(deployment: Deployment, found: Registry, generation: Generation) -> Generation:
+    """Of a generation: where trials.json was lost, a block may have been rendered anew since."""
+    known = generations.standings(deployment)
+
+    def is_sure(name: str) -> bool:
+        is_told_of = name in known or name in found.untold
+        return is_told_of or blocks.digest_there(deployment.block(name)) == generation.blocks.get(
+            name
+        )
+
+    return replace(
+        generation, added=tuple(filter(is_sure, generation.added)),
+        changed=tuple(filter(is_sure, generation.changed)),
+    )  # fmt: skip
 
 
 def _carry_out(
     deployment: Deployment,
     found: Registry,
     generation: Generation | None,
-    forced: frozenset[str] = frozenset(),
-) -> None:
-    """Steps 3 and 4; what is done already is left alone."""
+) -> bool:
+    """Steps 3 and 4; what is done already is left alone. Whether no block that it takes is lost."""
     known = generations.standings(deployment)
     after = known if generation is None else trials.taken_up(known, generation)
     for name, digest in found.untold.items():
@@ -124,15 +173,17 @@ def _carry_out(
         generations.save_standings(deployment, after)
     failures = {} if generation is None else generation.failures
     ours = found.digests()
+    is_done = True
     for name, digest in found.untold.items():
         mine = (*ours.get(name, ()), *_digests(known.get(name)), *_digests(after.get(name)))
-        there = _digest_there(deployment, name)
-        if there and there not in mine and there not in forced:
+        there = blocks.digest_there(deployment.block(name))
+        if there and there not in mine:
             continue  # edited by hand since: that is looked at by itself
         if digest and there != digest:
-            _write(deployment, name, digest, failures.get(name))
+            is_done = _write(deployment, name, digest, failures.get(name)) and is_done
         elif not digest:
             deployment.block(name).unlink(missing_ok=True)
+    return is_done
 
 
 def _digests(standing: Standing | None) -> tuple[str, ...]:
@@ -144,20 +195,18 @@ def _digests(standing: Standing | None) -> tuple[str, ...]:
     return (standing.digest, *good, *rejected)
 
 
-def _digest_there(deployment: Deployment, name: str) -> str:
-    path = deployment.block(name)
-    return digest_of(path.read_bytes()) if path.exists() else ""
-
-
-def _write(deployment: Deployment, name: str, digest: str, why: Failure | None) -> None:
-    """Put a kept block in place of what is there; that is left beside where it failed."""
+def _write(deployment: Deployment, name: str, digest: str, why: Failure | None) -> bool:
+    """Put a kept block in place of what is there; that is left beside where it failed. Whether it
+    is kept.
+    """
     path = deployment.block(name)
     kept = generations.kept(deployment, digest)
     if kept is None:
-        return
+        return False
     if why is not None and path.exists():
         reject(deployment, name, path.read_text("utf-8", "replace"), why)
     store.write_text(path, kept.text)
+    return True
 
 
 def _know_the_rest(deployment: Deployment, step: Step) -> None:

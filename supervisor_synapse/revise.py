@@ -30,6 +30,7 @@ def move_port(deployment: Deployment, name: str) -> None:
         ApplyError, TransientError: it could not be carried out.
     """
     with commits.locked(deployment):
+        commits.complete(deployment)
         _render_anew(deployment, name, discovery.with_another_port(deployment, name))
 
 
@@ -41,6 +42,7 @@ def set_rung(deployment: Deployment, name: str, rung: int) -> None:
         ApplyError, TransientError: it could not be carried out.
     """
     with commits.locked(deployment):
+        commits.complete(deployment)
         _render_anew(deployment, name, discovery.with_another_rung(deployment, name, rung))
 
 
@@ -60,6 +62,7 @@ def adopt(deployment: Deployment, names: Sequence[str]) -> None:
         OSError, TransientError: it was not written down.
     """
     with commits.locked(deployment):
+        commits.complete(deployment)
         earlier = registry.load(deployment.registry)
         known = generations.standings(deployment)
         programs = {program.name: program for program in earlier.programs}
@@ -67,7 +70,8 @@ def adopt(deployment: Deployment, names: Sequence[str]) -> None:
         for name in names:
             path = deployment.block(name)
             if name in programs and path.is_file():
-                texts[name] = path.read_text(encoding="utf-8")
+                # Byte for byte: a block is known by them, whatever ends its lines.
+                texts[name] = path.read_bytes().decode("utf-8")
         digests = {name: generations.digest(text) for name, text in texts.items()}
         changed = tuple(
             name for name, now in digests.items() if known.get(name, Standing()).digest != now

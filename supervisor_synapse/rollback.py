@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from supervisor_synapse import commit as commits
-from supervisor_synapse.adapters import generations, registry, store
+from supervisor_synapse.adapters import blocks, generations, registry, store
 from supervisor_synapse.adapters.deployment import Deployment
 from supervisor_synapse.adapters.generations import Kept
 from supervisor_synapse.adapters.registry import Registry
@@ -57,13 +57,17 @@ def tell(deployment: Deployment, rpc: Supervisord, names: Sequence[str]) -> None
 
 
 def told_of(deployment: Deployment, names: Sequence[str]) -> None:
-    """Supervisord holds of these programs what it shall hold.
+    """Supervisord holds of these programs what it shall hold, unless their blocks were still being
+    written when that was seen.
 
     Raises:
         OSError, TransientError: it was not written down.
     """
     with commits.locked(deployment):
-        _forget_untold(deployment, names)
+        commits.complete(deployment)
+        reread = Supervisord(deployment.socket).reread()
+        differ = reread.added | reread.changed | reread.removed
+        _forget_untold(deployment, [name for name in names if name not in differ])
 
 
 def _forget_untold(deployment: Deployment, names: Sequence[str]) -> None:
@@ -95,11 +99,14 @@ def set_aside(deployment: Deployment, name: str, failure: Failure) -> str:
         OSError, TransientError: it was not carried out.
     """
     with commits.locked(deployment):
+        commits.complete(deployment)
         standing = generations.standings(deployment).get(name)
         kept = None if standing is None else generations.kept(deployment, standing.digest)
         if kept is None or standing is None:
             raise RollbackFailed(f"{name}: there is no former block to put in its place")
         path = deployment.block(name)
+        if not path.is_file():
+            raise RollbackFailed(f"{name}: {path} is not a regular file; remove it")
         content = path.read_bytes()
         digest = commits.digest_of(content)
         rejection = Rejected(digest, standing.generation, failure, was_tried=False)
@@ -142,9 +149,9 @@ def roll_back(
             raise ConfigError(f"{name}: there is no such model")
         if left and standing.digest != left:
             return f"{name}: has another block by now"
-        newest = generations.load(deployment, earlier.generation)
-        if command and newest is not None and newest.command == command:
-            return _said(name, newest)
+        done_before = _carried_out(deployment, earlier, command) if command else None
+        if done_before is not None:
+            return _said(name, done_before)
         kept = _to_go_back_to(deployment, name, standing, to)
         _require_as_applied(deployment, name, standing, kept)
         number = commits.next_generation(deployment, earlier)
@@ -159,10 +166,19 @@ def roll_back(
         )  # fmt: skip
         is_up = Supervisord(deployment.socket).is_up()
         step = commits.Step(registry=after, written=(kept,))
-        commits.commit(deployment, step, generation, tell=is_up)
+        done = commits.commit(deployment, step, generation, tell=is_up)
         if is_up and failure is not None:  # it does not run
             tell(deployment, Supervisord(deployment.socket), (name,))
-        return _said(name, generation)
+        return _said(name, done or generation)
+
+
+def _carried_out(deployment: Deployment, earlier: Registry, command: str) -> Generation | None:
+    """What a command has brought about already; a generation that is newer than the registry was
+    never applied.
+    """
+    found = generations.every(deployment)
+    of_it = (one for one in found if one.command == command and one.number <= earlier.generation)
+    return next(of_it, None)
 
 
 def _said(name: str, generation: Generation) -> str:
@@ -200,7 +216,7 @@ def _good_in(deployment: Deployment, name: str, standing: Standing, to: int) -> 
 def _require_as_applied(deployment: Deployment, name: str, standing: Standing, kept: Kept) -> None:
     """What somebody is editing just now is not overwritten."""
     path = deployment.block(name)
-    there = commits.digest_of(path.read_bytes()) if path.exists() else ""
+    there = blocks.digest_there(path)
     if there not in ("", standing.digest, kept.digest):
         raise ConfigError(
             f"{name}: {path} was edited since it was applied: supervisorctl update takes it up"

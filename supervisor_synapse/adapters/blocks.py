@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+NO_FILE = "-"  # in place of a digest: something is there
+
 _COMMAND = re.compile(r"^command\s*=\s*(.*?)(\s;.*)?$", re.MULTILINE)
 
 
@@ -43,6 +45,15 @@ def scan(folder: Path, before: Mapping[str, OnDisk]) -> dict[str, OnDisk]:
                     known = OnDisk(stamp, _digest(entry.path, status))
                 found[name] = known
     return found
+
+
+def digest_there(path: Path) -> str:
+    """The sha256 of one block; "" where there is none, `NO_FILE` where it cannot be read."""
+    try:
+        status = path.stat()
+    except OSError:
+        return ""
+    return _digest(str(path), status) or NO_FILE
 
 
 def _digest(path: str, status: os.stat_result) -> str:

@@ -32,6 +32,7 @@ MOST_KEPT = 20
 _T = TypeVar("_T")
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_NUMBER = re.compile(r"[0-9]{6}|[1-9][0-9]{6,17}")  # as `_path` writes it
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,14 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def _digest_or_none(text: str) -> str | None:
+    """None of what JSON can hold, and a file cannot."""
+    try:
+        return digest(text)
+    except UnicodeEncodeError:
+        return None
+
+
 def keep(deployment: Deployment, blocks: Iterable[Kept]) -> None:
     """Write those blocks that are not kept yet.
 
@@ -79,7 +88,7 @@ def kept(deployment: Deployment, block_digest: str) -> Kept | None:
         return None
     path = deployment.kept_blocks / f"{block_digest}.json"
     found = _read(path, _KEPT)
-    if found is not None and found.digest != block_digest:
+    if found is not None and _digest_or_none(found.text) != block_digest:
         store.set_aside(path)
         return None
     return found
@@ -98,20 +107,19 @@ def record(deployment: Deployment, generation: Generation) -> None:
 
 def load(deployment: Deployment, number: int) -> Generation | None:
     """One generation; None where it is not kept."""
-    return _read(_path(deployment, number), _GENERATION)
+    found = _read(_path(deployment, number), _GENERATION)
+    return found if found is not None and found.number == number else None
 
 
 def every(deployment: Deployment) -> tuple[Generation, ...]:
     """All that are kept, oldest first."""
-    paths = sorted(deployment.generations.glob("[0-9]*.json"))
-    found = (_read(path, _GENERATION) for path in paths)
+    found = (load(deployment, number) for number in numbers(deployment))
     return tuple(one for one in found if one is not None)
 
 
 def newest(deployment: Deployment) -> int:
     """The number of the newest generation that is kept; 0 where there is none."""
-    numbers = [path.stem for path in deployment.generations.glob("[0-9]*.json")]
-    return max((int(number) for number in numbers if number.isdigit()), default=0)
+    return max(numbers(deployment), default=0)
 
 
 def mention(deployment: Deployment, word: str) -> bool:
@@ -124,15 +132,27 @@ def mention(deployment: Deployment, word: str) -> bool:
     return False
 
 
+def numbers(deployment: Deployment) -> list[int]:
+    """Of all that are kept, oldest first; files of other names are not ours."""
+    found = (path.stem for path in deployment.generations.glob("*.json"))
+    return sorted(int(stem) for stem in found if _NUMBER.fullmatch(stem))
+
+
 def prune(deployment: Deployment, standings: trials.Standings) -> None:
-    """Forget all but the newest generations, and the blocks that nobody can go back to."""
-    paths = sorted(deployment.generations.glob("[0-9]*.json"))
-    for path in paths[:-MOST_KEPT]:
-        path.unlink(missing_ok=True)
+    """Forget all but the newest generations, and the blocks that nobody can go back to; what cannot
+    be removed stays.
+    """
+    for number in numbers(deployment)[:-MOST_KEPT]:
+        _remove(_path(deployment, number))
     used = trials.in_use(every(deployment), standings)
     for path in deployment.kept_blocks.glob("*.json"):
         if path.stem not in used:
-            path.unlink(missing_ok=True)
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 def standings(deployment: Deployment) -> dict[str, Standing]:

@@ -115,7 +115,7 @@ def _of_run(state: ModelState, seen: Seen, now: Now) -> ModelState:
             rests=state.rests, out_since=state.out_since,
         )  # fmt: skip
     if seen.incarnation is None or seen.incarnation == state.incarnation:
-        return state
+        return state if state.tried else replace(state, tried=_block_of(state, seen))
     return replace(
         state, incarnation=seen.incarnation, seen_at=now.monotonic,
         started_at=_start_of(state, seen, now), ready_seconds=None, was_ready=False, ready_at=None,
@@ -124,8 +124,22 @@ def _of_run(state: ModelState, seen: Seen, now: Now) -> ModelState:
         is_by_hand=state.is_by_hand if _is_ours(state, now) else not seen.enabled,
         retries=restarts.on_start(state.retries), resume=False, drain=False, idle_since=None,
         roomy_since=None, is_refused=False, evicted_for="", replaced_at=None, renewed_at=None,
-        is_wanted_itself=failover.is_asked_for(state), tried=seen.digest, rests=False,
+        is_wanted_itself=failover.is_asked_for(state), rests=False,
+        tried=_block_held(seen),
     )  # fmt: skip
+
+
+def _block_held(seen: Seen) -> str:
+    """The block with which supervisord starts a model; "" while it may be another than the applied
+    one. What a run of that does proves nothing of the applied one.
+    """
+    return "" if seen.is_untold or seen.is_unadopted else seen.digest
+
+
+def _block_of(state: ModelState, seen: Seen) -> str:
+    """The block of a run that was seen before, or judged, when that was not known."""
+    is_known = seen.incarnation is not None or state.failed_run == seen.run
+    return _block_held(seen) if is_known else ""
 
 
 def _is_ours_to_replace(at: float | None, now: Now) -> bool:
@@ -314,6 +328,7 @@ def _failed(state: ModelState, seen: Seen, now: Now, policy: Policy) -> ModelSta
         state, last_failure=failure, failed_run=seen.run, failed_stamp=stamp,
         retries=retries, condemned=None, killed_at=None, ready_at=None, resume=False,
         incarnation=state.incarnation if is_known else None,
+        tried=state.tried if is_known else _block_held(seen),
         is_out=state.is_out and is_known and state.killed_at is not None,  # not if it fails again
     )  # fmt: skip
 

@@ -102,7 +102,8 @@ def _noted(one: Seen, state: ModelState, now: Now) -> ModelState:
             state = replace(state, untold_at=None, renewed_at=None)
     elif state.untold_at is None:
         state = replace(state, untold_at=now.monotonic)
-    if state.out_since is not None and not one.is_untold and state.phase in _SETTLED:
+    is_back = not one.is_untold and state.phase in _SETTLED and fails(one, state) is None
+    if state.out_since is not None and is_back:
         state = replace(state, out_since=None)
     return state
 
