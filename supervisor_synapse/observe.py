@@ -573,17 +573,13 @@ def _size(path: str) -> int:
 
 
 def _stamp(paths: Iterable[str]) -> int:
-    """Changes when one of the files does; 0 where one is missing, or cannot be read."""
+    """Changes when one of the files does, comes or goes."""
     facts = []
     for path in paths:
-        try:
+        with contextlib.suppress(OSError):
             status = os.stat(path)
-        except OSError:
-            return 0
-        if not os.access(path, os.R_OK):
-            return 0
-        facts.append((path, status.st_mtime_ns, status.st_size, status.st_ino))
-    return zlib.crc32(repr(facts).encode()) or 1
+            facts.append((path, status.st_mtime_ns, status.st_size, status.st_ino))
+    return zlib.crc32(repr(facts).encode())
 
 
 def _log_tail(path: Path, most_bytes: int = _LOG_TAIL_BYTES) -> str:

@@ -316,16 +316,13 @@ def _failed(state: ModelState, seen: Seen, now: Now, policy: Policy) -> ModelSta
             seen.ending or Ending(-1, seen.spawn_error), was_ready=is_known and state.was_ready
         )
         failure = Failure(kind, evidence, now.wall)
-    # A file that was missing, and is there by the time that anybody looks, has come back.
-    is_missing = failure.failure_class is FailureClass.MODEL_MISSING
-    stamp = 0 if is_missing else seen.file_stamp
     retries = restarts.on_start(state.retries)
     woke_in_vain = is_known and _woke_in_vain(state, failure, policy)
     is_no_fault = woke_in_vain or _was_refused(seen)
     if failure.failure_class not in PERMANENT and not is_no_fault:
         retries = restarts.after_failure(retries, now.monotonic, now.chance, policy.restart)
     return replace(
-        state, last_failure=failure, failed_run=seen.run, failed_stamp=stamp,
+        state, last_failure=failure, failed_run=seen.run, failed_stamp=seen.file_stamp,
         retries=retries, condemned=None, killed_at=None, ready_at=None, resume=False,
         incarnation=state.incarnation if is_known else None,
         tried=state.tried if is_known else _block_held(seen),

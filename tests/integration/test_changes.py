@@ -404,10 +404,8 @@ def test_a_deleted_file_under_a_running_server_costs_nothing_until_it_is_needed(
     at.configure(f"{SETTINGS}\n[model:alpha]\ncontext = 256")
     block(at, "beta").write_text(with_argument(former.text, "--temp 0.5"))
     at.ctl("update")
-    wait_until(
-        lambda: (at.rows()["beta"]["last_failure"] or {}).get("class") == "model-missing",
-        promised(BACK_SECONDS), "told",
-    )  # fmt: skip
+    row = at.wait_for_rows({"beta": "failed"}, promised(BACK_SECONDS))["beta"]
+    assert row["last_failure"]["class"] == "model-missing"
     os.replace(moved, path)
     former.serves_again()
 
