@@ -231,7 +231,8 @@ def _meant(
         {name: block for name, block in deployed.items() if name not in as_they_are},
         forced,
     )
-    plan = _with_edits_told(_with_kept(plan, (*unseen, *unplanned), earlier), blocks, changes)
+    plan = _with_kept(plan, (*unseen, *unplanned), earlier)
+    plan = _with_edits_told(deployment, plan, blocks, changes)
     changes = replace(changes, kept=tuple(sorted({*changes.kept, *unseen_names})))
     problems = [*map(_unseen, unseen), *refused.values()]
     if changes.removed and none_found:
@@ -586,16 +587,19 @@ def _with_kept(plan: Plan, kept: tuple[Program, ...], earlier: Registry) -> Plan
     return replace(plan, programs=tuple(programs), choices={**plan.choices, **choices})
 
 
-def _with_edits_told(plan: Plan, blocks: Mapping[str, render.Block], changes: Changes) -> Plan:
-    """What was edited by hand runs as it was edited, not as planned."""
+def _with_edits_told(
+    deployment: Deployment, plan: Plan, blocks: Mapping[str, render.Block], changes: Changes
+) -> Plan:
+    """What was edited by hand runs, and answers, as it was edited, not as planned."""
     edited = set(changes.kept).intersection(blocks)
-    programs = tuple(
-        replace(one, reason=f"edited by hand, see its block; {one.reason}")
-        if one.name in edited
-        else one
-        for one in plan.programs
-    )
-    return replace(plan, programs=programs)
+    programs = []
+    for program in plan.programs:
+        if program.name in edited:
+            text = deployment.block(program.name).read_text("utf-8", "replace")
+            reason = f"edited by hand, see its block; {program.reason}"
+            program = replace(_answering(program, text), reason=reason)
+        programs.append(program)
+    return replace(plan, programs=tuple(programs))
 
 
 def _digests(blocks: Mapping[str, render.Block]) -> dict[str, str]:
@@ -798,20 +802,19 @@ def as_edited(
         model, said = models.get(program.key), arguments.get(program.key)
         if model is not None and said is not None:
             edited = as_it_runs(program, as_configured(model, said, world))
-            served = _served(program, texts[program.name])
-            found[program.name] = replace(
-                edited, rung=0, reason="edited by hand, see its block", host=served.host,
-                port=served.port, alias=served.alias,
-            )  # fmt: skip
+            edited = _answering(edited, texts[program.name])
+            reason = "edited by hand, see its block"
+            found[program.name] = replace(edited, rung=0, reason=reason)
     return found
 
 
-def _served(program: Program, text: str) -> Served:
-    """Where a block has its server answer."""
+def _answering(program: Program, text: str) -> Program:
+    """The program where its block has it answer."""
     planned = Served(
         program.host, program.port, program.alias, program.context, program.parallel, None, 0
     )
-    return parse_served(command_words(text), planned) or planned
+    served = parse_served(command_words(text), planned) or planned
+    return replace(program, host=served.host, port=served.port, alias=served.alias)
 
 
 def _as_applied(deployment: Deployment, earlier: Registry) -> tuple[World, dict[str, Model]]:

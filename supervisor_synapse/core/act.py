@@ -31,7 +31,7 @@ from supervisor_synapse.core.model import (
 )
 from supervisor_synapse.core.probes import BAD
 from supervisor_synapse.core.restarts import Restarts
-from supervisor_synapse.core.rollout import going_back, holds_back, roll_out, was_just_told
+from supervisor_synapse.core.rollout import going_back, holds_back, is_out, roll_out, was_just_told
 from supervisor_synapse.core.settings import WhenFull
 from supervisor_synapse.core.state import (
     Action,
@@ -394,7 +394,9 @@ def _climbs(
     """
     if policy.when_full is not WhenFull.DEGRADE:
         return
-    is_one_out = any(_is_changing(one, after[one.name]) for one in seen)
+    is_one_out = any(
+        _is_changing(one, after[one.name]) or is_out(after[one.name], now) for one in seen
+    )
     for one in seen:
         state = after[one.name]
         if not _may_climb(one, state, now, ledger):

@@ -32,6 +32,7 @@ from supervisor_synapse.core.state import (
 from supervisor_synapse.core.trials import SEVERAL
 
 _AGAIN_SECONDS = 3.0  # what was asked for and did not come about is asked for again
+_SELDOM_SECONDS = 60.0
 # After so long it starts with what supervisord holds: a block that cannot be taken up (another
 # file is broken) must not keep a model from being healed.
 _HELD_SECONDS = 15.0
@@ -56,7 +57,7 @@ def roll_out(
 
 def holds_back(one: Seen, state: ModelState, now: Now) -> bool:
     """Whether a model must not start yet, since another block is on its way to supervisord."""
-    asked = state.back_at if fails(one, state) is not None else state.untold_at
+    asked = state.back_since if fails(one, state) is not None else state.untold_at
     is_held = one.is_untold or one.is_unadopted or fails(one, state) is not None
     return is_held and (asked is None or now.monotonic - asked < _HELD_SECONDS)
 
@@ -80,19 +81,27 @@ def fails(one: Seen, state: ModelState) -> Failure | None:
 
 
 def was_just_told(state: ModelState, now: Now) -> bool:
-    """Whether it was told to go back a moment ago."""
-    return _is_recent(state.back_at, now)
+    """Whether it was told to go back a moment ago; after a while, it is told less often."""
+    since = state.back_since
+    is_long = since is not None and now.monotonic - since > _HELD_SECONDS
+    wait = _SELDOM_SECONDS if is_long else _AGAIN_SECONDS
+    return state.back_at is not None and now.monotonic - state.back_at < wait
 
 
 def going_back(one: Seen, state: ModelState, failure: Failure, now: Now) -> ModelState:
     """The state of a model that is told to go back."""
-    former = one.trial.former if one.trial else None
+    if one.trial is None or state.back_from == one.trial.digest:  # it was refused before
+        return replace(state, back_at=now.monotonic)
+    former = one.trial.former
     words = f"{failure.failure_class.value}: {failure.message}"
     generation = former.generation if former else 0
     reason = f"{words}; goes back to generation {generation}"
     if state.phase in _GAVE_WAY or state.phase in (Phase.PENDING, Phase.DEFERRED):
         state = replace(state, phase=Phase.PENDING, reason=reason)
-    return replace(state, back_at=now.monotonic, renewed_at=now.monotonic, retries=Restarts())
+    return replace(
+        state, back_at=now.monotonic, back_from=one.trial.digest, back_since=now.monotonic,
+        renewed_at=now.monotonic, retries=Restarts(),
+    )  # fmt: skip
 
 
 def _noted(one: Seen, state: ModelState, now: Now) -> ModelState:
@@ -102,6 +111,8 @@ def _noted(one: Seen, state: ModelState, now: Now) -> ModelState:
             state = replace(state, untold_at=None, renewed_at=None)
     elif state.untold_at is None:
         state = replace(state, untold_at=now.monotonic)
+    if state.back_from and (one.trial is None or one.trial.digest != state.back_from):
+        state = replace(state, back_from="", back_since=None, back_at=None)
     is_back = not one.is_untold and state.phase in _SETTLED and fails(one, state) is None
     if state.out_since is not None and is_back:
         state = replace(state, out_since=None)
@@ -132,7 +143,7 @@ def _go_back(one: Seen, after: dict[str, ModelState], now: Now) -> Iterable[Acti
 
 
 def _renew(seen: Sequence[Seen], after: dict[str, ModelState], now: Now) -> Iterable[Action]:
-    out = {one.name for one in seen if _is_out(after[one.name], now)}
+    out = {one.name for one in seen if is_out(after[one.name], now)}
     for one in seen:
         state = after[one.name]
         if not one.is_untold or fails(one, state) is not None:
@@ -156,9 +167,12 @@ def _take_up(one: Seen, after: dict[str, ModelState], now: Now) -> Iterable[Acti
     yield Renew(one.name, "its block has changed")
 
 
-def _is_out(state: ModelState, now: Now) -> bool:
+def is_out(state: ModelState, now: Now) -> bool:
+    """Whether it was healthy, and is out by our own doing."""
     since = state.out_since
-    return state.is_out or (since is not None and now.monotonic - since < _LONGEST_OUT_SECONDS)
+    is_renewed = since is not None and now.monotonic - since < _LONGEST_OUT_SECONDS
+    is_climbing = state.target_rung is not None and state.resume
+    return state.is_out or is_renewed or is_climbing
 
 
 def _is_asked(state: ModelState, now: Now) -> bool:

@@ -106,6 +106,8 @@ class ModelState:
     tried: str = ""  # the block with which its newest run began
     blessed_at: float | None = None  # when that was last said to have proved itself
     back_at: float | None = None  # when it was last told to go back to the former block
+    back_from: str = ""  # from which one,
+    back_since: float | None = None  # and when it was first told
     untold_at: float | None = None  # its block has changed since then
     renewed_at: float | None = None  # when supervisord was last to take that up
     out_since: float | None = None  # it was ready, and is out for another block
