@@ -179,7 +179,7 @@ class Listener:
             if not await self._tell_launchers(seen, decision):
                 self._wake.set()  # somebody started a model meanwhile: look again
                 return
-            self._states = decision.states
+            self._states = {**self._of_absent(decision.states), **decision.states}
             self._ledger = decision.ledger
             self._remember()
             self._record(decision.transitions)
@@ -292,6 +292,17 @@ class Listener:
             is_untold=name in sight.untold, is_outdated=name in sight.outdated,
             is_unadopted=name in sight.unadopted,
         )  # fmt: skip
+
+    def _of_absent(self, present: Mapping[str, ModelState]) -> dict[str, ModelState]:
+        """`supervisorctl update` takes a program away before it adds it anew: that it was stopped
+        by hand is not forgotten for that.
+        """
+        names = {program.name for program in self._world.registry.programs}
+        return {
+            name: state
+            for name, state in self._states.items()
+            if name in names and name not in present and state.phase is Phase.STOPPED
+        }
 
     async def _look_at_memory(self, programs: Iterable[Program]) -> None:
         runs = {}

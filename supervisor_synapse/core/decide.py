@@ -44,6 +44,7 @@ from supervisor_synapse.core.state import Decision, ModelState, Now, Policy, See
 
 _SEEN_START_SECONDS = 2.5  # the loop looks more often than that
 _REPLACED_SECONDS = 30.0  # a program that is new within them is new by our own doing
+_UPDATE_SECONDS = 3.0  # between the end of a model and its replacement, by one `update`
 _GOLDEN = 0.6180339887498949
 
 _WAITS = frozenset({Phase.PENDING, Phase.DEFERRED})  # for a place, or for memory
@@ -81,7 +82,7 @@ def _by_process(before: ModelState | None, seen: Seen, now: Now, policy: Policy)
     match seen.state:
         case ProcessState.STOPPED:
             was_disabled = before is not None and before.phase is Phase.DISABLED
-            return _at_rest(replace(state, resume=state.resume or was_disabled), seen)
+            return _at_rest(replace(state, resume=state.resume or was_disabled), seen, now)
         case ProcessState.STARTING:
             return _in(state, Phase.LOADING, "its process is starting")
         case ProcessState.RUNNING:
@@ -109,7 +110,9 @@ def _of_run(state: ModelState, seen: Seen, now: Now) -> ModelState:
             return state
         anew = ModelState(resume=state.resume, asked_at=state.asked_at)
         if not _is_ours_to_replace(state.renewed_at, now):
-            return anew
+            if not _rested(state, now):
+                return anew
+            return replace(anew, phase=state.phase, reason=state.reason, rests=True)
         return replace(
             anew, phase=state.phase, reason=state.reason, last_failure=state.last_failure,
             rests=state.rests, out_since=state.out_since,
@@ -125,7 +128,17 @@ def _of_run(state: ModelState, seen: Seen, now: Now) -> ModelState:
         retries=restarts.on_start(state.retries), resume=False, drain=False, idle_since=None,
         roomy_since=None, is_refused=False, evicted_for="", replaced_at=None, renewed_at=None,
         is_wanted_itself=failover.is_asked_for(state), tried=seen.digest, rests=False,
+        stopped_at=None,
     )  # fmt: skip
+
+
+def _rested(state: ModelState, now: Now) -> bool:
+    """Whether it was at rest by hand before its program was replaced: `supervisorctl update` stops
+    a model that runs, and replaces it at once.
+    """
+    at = state.stopped_at
+    is_stopped = state.phase is Phase.STOPPED and at is not None
+    return is_stopped and now.monotonic - (at or 0.0) > _UPDATE_SECONDS
 
 
 def _is_ours_to_replace(at: float | None, now: Now) -> bool:
@@ -158,7 +171,7 @@ def _said(state: ModelState, phase: Phase, reason: str) -> ModelState:
     return replace(state, phase=phase, reason=reason)
 
 
-def _at_rest(state: ModelState, seen: Seen) -> ModelState:
+def _at_rest(state: ModelState, seen: Seen, now: Now) -> ModelState:
     state = replace(state, is_out=False, condemned=None, ready_at=None)
     if not seen.enabled and (seen.is_fresh or not state.is_by_hand):
         return _said(state, Phase.DISABLED, _with_residue(seen.why, seen))
@@ -166,6 +179,8 @@ def _at_rest(state: ModelState, seen: Seen) -> ModelState:
         news = "its block has changed" if _is_renewed(state) else "enabled"
         return _wanted(state, f"{news}; waits for a loading place")
     why = "drained" if state.drain else "stopped by hand"
+    if state.stopped_at is None:
+        state = replace(state, stopped_at=now.monotonic)
     return _in(state, Phase.STOPPED, _with_residue(why, seen))
 
 
