@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -122,13 +122,16 @@ class Blocks:
         # `update` takes one after the other, and is one change: those that run still come with it.
         is_due = any(not table[name].pid for name in news) or not self._standings
         names = news if is_due else []
-        stamps = [(name, self._on_disk[name].stamp) for name in names]
-        if not names or not self._may_try(f"adopt {stamps}"):
+        # Tried anew as soon as supervisord has replaced one: the next start would be of its block.
+        tries = [
+            (name, self._on_disk[name].stamp, table[name].start, table[name].stop) for name in names
+        ]
+        if not names or not self._may_try(f"adopt {tries}"):
             return frozenset(self._unadopted & set(names))
-        held = self._held_commands()
-        taken = [name for name in names if self._is_held(name, held)]
+        held = self._held_commands(names)
+        taken = {name: self._on_disk[name].digest for name in names if self._is_held(name, held)}
         if not taken or self._do("edited blocks", partial(self._deployer.adopt, taken)):
-            taken = []
+            taken = {}
         self._unadopted = frozenset(taken)
         return self._unadopted
 
@@ -142,9 +145,14 @@ class Blocks:
         is_ours = there in found.digests().get(name, ())
         return standing is not None or is_ours or not process.pid
 
-    def _held_commands(self) -> Mapping[str, str]:
+    def _held_commands(self, names: Sequence[str]) -> Mapping[str, str]:
+        """The commands of those programs that supervisord holds as they stand on disk, in all that
+        a block says: an environment may be what breaks a model.
+        """
         try:
-            return self._rpc.commands()
+            reread = self._rpc.reread()
+            held = self._rpc.commands()
+            return {name: held.get(name, "") for name in names if name not in reread.changed}
         except Refused as refused:
             self._complain("configuration not told", "supervisord", str(refused))
             return {}
