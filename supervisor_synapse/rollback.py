@@ -57,13 +57,19 @@ def tell(deployment: Deployment, rpc: Supervisord, names: Sequence[str]) -> None
 
 
 def told_of(deployment: Deployment, names: Sequence[str]) -> None:
-    """Supervisord holds of these programs what it shall hold.
+    """Supervisord holds of these programs what it shall hold, as it seemed to somebody who looked.
+
+    Perhaps while their blocks were still to be written, or after somebody was killed before that:
+    so it is looked at again.
 
     Raises:
         OSError, TransientError: it was not written down.
     """
     with commits.locked(deployment):
-        _forget_untold(deployment, names)
+        commits.complete(deployment)
+        reread = Supervisord(deployment.socket).reread()
+        waiting = reread.added | reread.changed | reread.removed
+        _forget_untold(deployment, [name for name in names if name not in waiting])
 
 
 def _forget_untold(deployment: Deployment, names: Sequence[str]) -> None:

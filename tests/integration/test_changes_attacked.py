@@ -6,11 +6,18 @@ from __future__ import annotations
 
 import re
 import time
+from dataclasses import replace
 
 import pytest
 
-from tests.integration.harness import holds_for, promised, wait_until
-from tests.integration.test_changes import BACK_SECONDS, _are_proved, block, edit, proved
+from supervisor_synapse import commit as commits
+from supervisor_synapse import config, discovery
+from supervisor_synapse.adapters import deployment as deployments
+from supervisor_synapse.adapters import generations, registry
+from supervisor_synapse.adapters.supervisord import Supervisord
+from supervisor_synapse.core.trials import DISCOVER, Generation
+from tests.integration.harness import Deployment, holds_for, promised, wait_until
+from tests.integration.test_changes import BACK_SECONDS, SETTINGS, _are_proved, block, edit, proved
 
 pytestmark = pytest.mark.usefixtures("llama_server")
 
@@ -56,3 +63,39 @@ def test_a_block_that_supervisord_does_not_hold_is_not_proved_by_what_it_does() 
             promised(BACK_SECONDS), f"{at.rows()}",
         )  # fmt: skip
         assert known == 1
+
+
+def test_a_change_whose_writer_was_killed_before_the_blocks_is_carried_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The listener looks meanwhile: that supervisord holds what is on disk is not yet the end."""
+    with proved("beta") as at:
+        for name, value in at.environment().items():
+            monkeypatch.setenv(name, value)
+        at.configure(f"{SETTINGS}\n[model:beta]\ncontext = 256")
+        of = deployments.Deployment(at.prefix)
+        with commits.locked(of):
+            _write_ahead(of)
+            time.sleep(2.5)  # the listener has seen it
+        wait_until(lambda: _serves_with(at, 256), promised(BACK_SECONDS), f"{at.rows()}")
+
+
+def _write_ahead(of: deployments.Deployment) -> None:
+    """What a discovery does before it writes the first block."""
+    found = discovery.discover(of, config.load(of.settings), Supervisord(of.socket))
+    texts = {name: one.text for name, one in found.blocks.items()}
+    written = commits.kept_of(found.registry, texts, found.changes.changed)
+    assert [one.name for one in written] == ["beta"]
+    generations.keep(of, written)
+    digests = {one.name: one.digest for one in written}
+    number = found.registry.generation
+    generations.record(
+        of, Generation(number, time.time(), DISCOVER, "", digests, changed=("beta",))
+    )
+    registry.save(of.registry, replace(found.registry, untold=digests))
+
+
+def _serves_with(at: Deployment, context: int) -> bool:
+    server = at.servers().get("beta")
+    words = server.cmdline() if server is not None else []
+    return f"--ctx-size {context}" in " ".join(words) and at.rows()["beta"]["phase"] == "ready"
