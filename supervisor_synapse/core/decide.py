@@ -127,7 +127,7 @@ def _of_run(state: ModelState, seen: Seen, now: Now) -> ModelState:
         is_by_hand=state.is_by_hand if _is_ours(state, now) else not seen.enabled,
         retries=restarts.on_start(state.retries), resume=False, drain=False, idle_since=None,
         roomy_since=None, is_refused=False, evicted_for="", replaced_at=None, renewed_at=None,
-        is_wanted_itself=failover.is_asked_for(state), tried=seen.digest, rests=False,
+        is_wanted_itself=failover.is_asked_for(state), tried=_block_of(seen), rests=False,
         stopped_at=None,
     )  # fmt: skip
 
@@ -144,6 +144,11 @@ def _rested(state: ModelState, now: Now) -> bool:
 def _is_ours_to_replace(at: float | None, now: Now) -> bool:
     """Whether a program that is new since then is so by our own doing."""
     return at is not None and now.monotonic - at <= _REPLACED_SECONDS
+
+
+def _block_of(seen: Seen) -> str:
+    """The block with which a run began; "" where supervisord may have held another one."""
+    return "" if seen.is_untold else seen.digest
 
 
 def _start_of(state: ModelState, seen: Seen, now: Now) -> float | None:
@@ -326,6 +331,7 @@ def _failed(state: ModelState, seen: Seen, now: Now, policy: Policy) -> ModelSta
         state, last_failure=failure, failed_run=seen.run, failed_stamp=seen.file_stamp,
         retries=retries, condemned=None, killed_at=None, ready_at=None, resume=False,
         incarnation=state.incarnation if is_known else None,
+        tried=state.tried if is_known else _block_of(seen),
         is_out=state.is_out and is_known and state.killed_at is not None,  # not if it fails again
     )  # fmt: skip
 

@@ -99,6 +99,8 @@ def _noted(one: Seen, state: ModelState, now: Now) -> ModelState:
     """Since when another block waits; and that a model which was out for one is back."""
     if not (one.is_untold or one.is_unadopted):
         state = replace(state, untold_at=None, renewed_at=None)
+        if one.incarnation is not None and not state.tried:
+            state = replace(state, tried=one.digest)  # that is what it began with, as it shows
     elif state.untold_at is None:
         state = replace(state, untold_at=now.monotonic)
     if state.out_since is not None and not one.is_untold and state.phase in _SETTLED:
