@@ -119,21 +119,38 @@ class Blocks:
             and program.name not in found.untold
             and self._is_news(program.name, found, table.get(program.name))
         ]
-        # `update` takes one after the other, and is one change: those that run still come with it.
-        is_due = any(not table[name].pid for name in news) or not self._standings
-        names = news if is_due else []
         # Tried anew as soon as supervisord has replaced one: the next start would be of its block.
         tries = [
-            (name, self._on_disk[name].stamp, table[name].start, table[name].stop) for name in names
+            (name, self._on_disk[name].stamp, table[name].start, table[name].stop) for name in news
         ]
-        if not names or not self._may_try(f"adopt {tries}"):
-            return frozenset(self._unadopted & set(names))
-        held = self._held_commands(names)
-        taken = {name: self._on_disk[name].digest for name in names if self._is_held(name, held)}
+        if not news or not self._may_try(f"adopt {tries}"):
+            return frozenset(self._unadopted & set(news))
+        taken = {name: self._on_disk[name].digest for name in self._taken_up(news, table)}
         if not taken or self._do("edited blocks", partial(self._deployer.adopt, taken)):
             taken = {}
         self._unadopted = frozenset(taken)
         return self._unadopted
+
+    def _taken_up(self, news: Sequence[str], table: Mapping[str, Process]) -> list[str]:
+        """Those that supervisord holds as they stand on disk, in all that a block says: also an
+        environment may break a model. `update` takes one after the other, and is one change: those
+        that run still come with it.
+        """
+        try:
+            changed = self._rpc.reread().changed
+            held = self._rpc.commands()
+        except Refused as refused:
+            self._complain("configuration not told", "supervisord", str(refused))
+            return []
+        is_under_way = any(not table[name].pid and name not in changed for name in news)
+        is_over = changed.isdisjoint(news)
+        return [
+            name
+            for name in news
+            if self._is_held(name, held)
+            and (name not in changed or (is_under_way and table[name].pid))
+            and (is_under_way or is_over or not self._standings)
+        ]
 
     def _is_news(self, name: str, found: Registry, process: Process | None) -> bool:
         """Whether a block is not the applied one; of which nothing is known yet only if it is ours,
@@ -144,18 +161,6 @@ class Blocks:
             return False
         is_ours = there in found.digests().get(name, ())
         return standing is not None or is_ours or not process.pid
-
-    def _held_commands(self, names: Sequence[str]) -> Mapping[str, str]:
-        """The commands of those programs that supervisord holds as they stand on disk, in all that
-        a block says: an environment may be what breaks a model.
-        """
-        try:
-            reread = self._rpc.reread()
-            held = self._rpc.commands()
-            return {name: held.get(name, "") for name in names if name not in reread.changed}
-        except Refused as refused:
-            self._complain("configuration not told", "supervisord", str(refused))
-            return {}
 
     def _is_held(self, name: str, held: Mapping[str, str]) -> bool:
         """Whether supervisord holds the block that is on disk: `reread` alone is not `update`."""

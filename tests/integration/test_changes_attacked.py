@@ -17,7 +17,15 @@ from supervisor_synapse.adapters import generations, registry
 from supervisor_synapse.adapters.supervisord import Supervisord
 from supervisor_synapse.core.trials import DISCOVER, Generation
 from tests.integration.harness import Deployment, holds_for, promised, wait_until
-from tests.integration.test_changes import BACK_SECONDS, SETTINGS, _are_proved, block, edit, proved
+from tests.integration.test_changes import (
+    BACK_SECONDS,
+    SETTINGS,
+    _are_proved,
+    arguments,
+    block,
+    edit,
+    proved,
+)
 
 pytestmark = pytest.mark.usefixtures("llama_server")
 
@@ -63,6 +71,27 @@ def test_a_block_that_supervisord_does_not_hold_is_not_proved_by_what_it_does() 
             promised(BACK_SECONDS), f"{at.rows()}",
         )  # fmt: skip
         assert known == 1
+
+
+def test_an_edit_that_was_updated_and_started_at_once_is_a_generation_too() -> None:
+    """It never was at rest for long, and can be gone back from."""
+    with proved("beta") as at:
+        former = block(at, "beta").read_text()
+        edit(at, "beta", "--temp 0.5")
+        at.ctl("update")
+        at.ctl("start", "beta", expect=None)
+        wait_until(lambda: len(_generations(at)) == 2, promised(BACK_SECONDS), "taken note of")
+        at.synapse("rollback", "beta")
+        assert block(at, "beta").read_text() == former
+        wait_until(
+            lambda: _are_proved(at, ("beta",)) and "--temp" not in arguments(at, "beta"),
+            promised(BACK_SECONDS), f"{at.rows()}",
+        )  # fmt: skip
+
+
+def _generations(at: Deployment) -> list[object]:
+    found: list[object] = at.synapse("generations", "beta", "--json").json()
+    return found
 
 
 def test_a_change_whose_writer_was_killed_before_the_blocks_is_carried_out(
