@@ -23,7 +23,7 @@ from supervisor_synapse.core.admission import needs_of
 from supervisor_synapse.core.model import Failure, FailureClass, ProcessState
 from supervisor_synapse.core.trials import Standing, Trial
 from supervisor_synapse.effects import Deployer
-from supervisor_synapse.errors import SynapseError
+from supervisor_synapse.errors import SynapseError, TransientError
 
 _AGAIN_SECONDS = 3.0  # what could not be done is tried again
 _STILL_SECONDS = 1.5  # a file that was not written to for so long is no longer being saved
@@ -138,7 +138,7 @@ class Blocks:
         """
         try:
             changed = self._rpc.reread().changed
-            held = self._rpc.commands()
+            held = self._held_commands()
         except Refused as refused:
             self._complain("configuration not told", "supervisord", str(refused))
             return []
@@ -147,7 +147,7 @@ class Blocks:
         return [
             name
             for name in news
-            if self._is_held(name, held)
+            if (held is None or self._is_held(name, held))
             and (name not in changed or (is_under_way and table[name].pid))
             and (is_under_way or is_over or not self._standings)
         ]
@@ -161,6 +161,16 @@ class Blocks:
             return False
         is_ours = there in found.digests().get(name, ())
         return standing is not None or is_ours or not process.pid
+
+    def _held_commands(self) -> Mapping[str, str] | None:
+        """None where they cannot be told: a control character in any block is no XML."""
+        try:
+            return self._rpc.commands()
+        except Refused:
+            raise
+        except TransientError as error:
+            self._complain("commands not told", "supervisord", str(error))
+            return None
 
     def _is_held(self, name: str, held: Mapping[str, str]) -> bool:
         """Whether supervisord holds the block that is on disk: `reread` alone is not `update`."""

@@ -89,6 +89,22 @@ def test_an_edit_that_was_updated_and_started_at_once_is_a_generation_too() -> N
         )  # fmt: skip
 
 
+def test_a_control_character_in_an_edited_block_costs_that_model_nothing_but_the_edit() -> None:
+    """supervisord cannot tell such a command in XML; it fails, and goes back, as any other."""
+    with proved("alpha", "beta") as at:
+        former, pid = block(at, "beta").read_text(), at.pids()["alpha"]
+        edit(at, "beta", "'--x\x1b[31m'")
+        at.ctl("update", expect=None)
+        wait_until(
+            lambda: block(at, "beta").read_text() == former and _are_proved(at, ("alpha", "beta")),
+            promised(BACK_SECONDS), f"{at.rows()}",
+        )  # fmt: skip
+        assert at.pids()["alpha"] == pid
+        head = (at.conf_d / "beta.conf.rejected").read_text().split("[program:")[0]
+        assert "bad-argument" in head
+        assert "\x1b" not in head + at.rows()["beta"]["reason"] + at.synapse("generations").out
+
+
 def _generations(at: Deployment) -> list[object]:
     found: list[object] = at.synapse("generations", "beta", "--json").json()
     return found
