@@ -202,7 +202,8 @@ class Blocks:
                 self._complain("broken configuration", str(one.path), str(one))
                 continue
             failure = Failure(FailureClass.BAD_ARGUMENT, str(one), time.time())
-            self._do("broken block", partial(self._deployer.set_aside, name, failure))
+            digest = self._on_disk[name].digest
+            self._do("broken block", partial(self._deployer.set_aside, name, digest, failure))
         if not broken:
             self._checked = dict(self._on_disk)
 

@@ -36,7 +36,7 @@ class Deployer:
     roll_back_to: Callable[[str, int, str], str]  # which generation, and by which command
     adopt: Callable[[Mapping[str, str]], None]  # the digests that were seen, by name
     forget_untold: Callable[[Sequence[str]], None]
-    set_aside: Callable[[str, Failure], str]
+    set_aside: Callable[[str, str, Failure], str]  # which block of it, and why
 
 
 class Effects:

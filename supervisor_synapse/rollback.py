@@ -93,8 +93,10 @@ def bless(deployment: Deployment, name: str, digest: str) -> None:
             commits.keep_standings(deployment, {name: trials.proven(standing)})
 
 
-def set_aside(deployment: Deployment, name: str, failure: Failure) -> str:
+def set_aside(deployment: Deployment, name: str, broken: str, failure: Failure) -> str:
     """Put the applied block in place of one that supervisord cannot read, which is left beside.
+
+    Only while that (`broken`, its digest) is what is there: somebody may be mending it.
 
     Raises:
         RollbackFailed: the applied one is not kept.
@@ -108,6 +110,8 @@ def set_aside(deployment: Deployment, name: str, failure: Failure) -> str:
         path = deployment.block(name)
         content = path.read_bytes()
         digest = commits.digest_of(content)
+        if digest != broken:
+            return f"{name}: has another block by now"
         rejection = Rejected(digest, standing.generation, failure, was_tried=False)
         commits.reject(deployment, name, content.decode("utf-8", "replace"), failure)
         commits.keep_standings(deployment, {name: trials.rejected(standing, rejection)})
