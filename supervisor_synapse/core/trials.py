@@ -142,7 +142,9 @@ def _taken_up(standing: Standing, generation: Generation, digest: str, name: str
         for one in standing.rejected
         if one.digest != digest or (one.failure is not None and not is_meant)
     )
-    return replace(fresh, rejected=kept, refused=None)
+    fresh = replace(fresh, rejected=kept, refused=None)
+    # One that was good before is the newest good one again: what comes after it goes back to it.
+    return fresh if fresh.on_trial else proven(fresh)
 
 
 def broken_by(standings: Standings, generation: int) -> tuple[tuple[str, FailureClass], ...]:
