@@ -31,7 +31,7 @@ from supervisor_synapse.blocks import Blocks, Sight
 from supervisor_synapse.commands import Answer, Commands
 from supervisor_synapse.core import failover
 from supervisor_synapse.core.admission import Ledger
-from supervisor_synapse.core.decide import decide
+from supervisor_synapse.core.decide import decide, is_at_rest_by_hand
 from supervisor_synapse.core.model import (
     UNDER_WAY,
     Estimate,
@@ -299,9 +299,9 @@ class Listener:
         """
         names = {program.name for program in self._world.registry.programs}
         return {
-            name: state
+            name: replace(state, rests=True)
             for name, state in self._states.items()
-            if name in names and name not in present and state.phase is Phase.STOPPED
+            if name in names and name not in present and is_at_rest_by_hand(state, _now())
         }
 
     async def _look_at_memory(self, programs: Iterable[Program]) -> None:

@@ -67,6 +67,15 @@ def decide(
     return Decision(after, actions, tuple(_transitions(states, after)), ledger)
 
 
+def is_at_rest_by_hand(state: ModelState, now: Now) -> bool:
+    """Whether a model had been stopped by hand before its program is replaced: `supervisorctl
+    update` stops one that runs, too, and replaces it at once.
+    """
+    if state.phase is not Phase.STOPPED or state.stopped_at is None:
+        return False
+    return state.rests or now.monotonic - state.stopped_at > _UPDATE_SECONDS
+
+
 # --- what a model is -----------------------------------------------------------------------------
 
 
@@ -110,7 +119,7 @@ def _of_run(state: ModelState, seen: Seen, now: Now) -> ModelState:
             return state
         anew = ModelState(resume=state.resume, asked_at=state.asked_at)
         if not _is_ours_to_replace(state.renewed_at, now):
-            if not _rested(state, now):
+            if not is_at_rest_by_hand(state, now):
                 return anew
             return replace(anew, phase=state.phase, reason=state.reason, rests=True)
         return replace(
@@ -130,15 +139,6 @@ def _of_run(state: ModelState, seen: Seen, now: Now) -> ModelState:
         is_wanted_itself=failover.is_asked_for(state), tried=_block_of(seen), rests=False,
         stopped_at=None,
     )  # fmt: skip
-
-
-def _rested(state: ModelState, now: Now) -> bool:
-    """Whether it was at rest by hand before its program was replaced: `supervisorctl update` stops
-    a model that runs, and replaces it at once.
-    """
-    at = state.stopped_at
-    is_stopped = state.phase is Phase.STOPPED and at is not None
-    return is_stopped and now.monotonic - (at or 0.0) > _UPDATE_SECONDS
 
 
 def _is_ours_to_replace(at: float | None, now: Now) -> bool:

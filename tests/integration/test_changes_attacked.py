@@ -47,6 +47,19 @@ def test_a_model_stopped_by_hand_stays_stopped_when_its_edited_block_is_updated(
         assert {"--temp", "--top-k"} <= set(at.servers()["beta"].cmdline())
 
 
+def test_a_model_whose_block_was_away_for_a_while_starts_again() -> None:
+    """`update` stopped it, and nobody by hand."""
+    with proved("beta") as at:
+        text = block(at, "beta").read_text()
+        block(at, "beta").write_text("")
+        at.ctl("update")
+        wait_until(lambda: "beta" not in at.rows(), promised(BACK_SECONDS), "gone")
+        time.sleep(3.5)  # longer than an `update` takes
+        block(at, "beta").write_text(text)
+        at.ctl("update")
+        at.wait_for_rows({"beta": "ready"}, promised(BACK_SECONDS))
+
+
 def test_a_block_that_supervisord_does_not_hold_is_not_proved_by_what_it_does() -> None:
     """Its environment was edited at rest and not updated: what runs then is still the old one. Once
     updated it fails, and there is a way back.
