@@ -7,20 +7,21 @@ what runs is stopped by the listener first. Imports nothing of discovery, which 
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from supervisor_synapse import commit as commits
-from supervisor_synapse.adapters import generations, registry, store
+from supervisor_synapse.adapters import config_files, generations, registry, store
 from supervisor_synapse.adapters.deployment import Deployment
 from supervisor_synapse.adapters.generations import Kept
 from supervisor_synapse.adapters.registry import Registry
 from supervisor_synapse.adapters.supervisord import Supervisord
 from supervisor_synapse.core import trials
-from supervisor_synapse.core.model import Failure, Program
+from supervisor_synapse.core.model import Failure, FailureClass, Program
 from supervisor_synapse.core.trials import Generation, Good, Rejected, Standing
-from supervisor_synapse.errors import ConfigError, RollbackFailed
+from supervisor_synapse.errors import ConfigError, RollbackFailed, TransientError
 
 # What a block says of its program; the rest (why it is enabled, its tier …) is of today.
 _OF_THE_BLOCK = (
@@ -117,6 +118,26 @@ def set_aside(deployment: Deployment, name: str, broken: str, failure: Failure) 
         commits.keep_standings(deployment, {name: trials.rejected(standing, rejection)})
         store.write_text(path, kept.text)
         return f"{name}: {path.name} set aside: {failure.message}"
+
+
+def set_broken_aside(deployment: Deployment) -> list[str]:
+    """Models' blocks with which supervisord would not start; what was done, in words. What is not
+    ours to mend, or cannot be, stays: supervisord's start will tell.
+    """
+    ours = {
+        deployment.block(program.name): program.name
+        for program in registry.load(deployment.registry).programs
+    }
+    said = []
+    for one in config_files.broken_files(deployment.main_config):
+        name = ours.get(one.path)
+        if name is None:
+            continue
+        failure = Failure(FailureClass.BAD_ARGUMENT, str(one), time.time())
+        with contextlib.suppress(RollbackFailed, TransientError, OSError):
+            broken = commits.digest_of(one.path.read_bytes())
+            said.append(set_aside(deployment, name, broken, failure))
+    return said
 
 
 def roll_back(

@@ -118,6 +118,26 @@ def test_a_control_character_in_an_edited_block_costs_that_model_nothing_but_the
         assert "\x1b" not in head + at.rows()["beta"]["reason"] + at.synapse("generations").out
 
 
+def test_a_block_that_was_broken_while_nothing_ran_keeps_nobody_from_starting() -> None:
+    """It is set aside with file and line. A stranger's stays, and is named."""
+    with proved("alpha", "beta") as at:
+        former = block(at, "beta").read_text()
+        at.down()
+        block(at, "beta").write_text("[program:beta\ncommand=/bin/true\n")
+        strange = at.conf_d / "strange.conf"
+        strange.write_text("[program:strange\n")
+        done = at.synapse("up", "--detach", expect=None)
+        assert done.status != 0
+        assert "strange.conf, line 1" in done.err
+        assert strange.read_text() == "[program:strange\n"
+        strange.unlink()
+        at.synapse("up", "--detach")
+        assert block(at, "beta").read_text() == former
+        assert "beta.conf, line 1" in (at.conf_d / "beta.conf.rejected").read_text()
+        at.wait_for_rows({"alpha": "ready", "beta": "ready"})
+        assert "beta.conf, line 1" in at.rows()["beta"]["reason"]
+
+
 def _generations(at: Deployment) -> list[object]:
     found: list[object] = at.synapse("generations", "beta", "--json").json()
     return found
