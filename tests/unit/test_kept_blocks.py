@@ -1,4 +1,4 @@
-"""A block that supervisord cannot read makes way for the applied one, and nothing else does."""
+"""Blocks that are kept, and the broken ones that they take the place of."""
 
 from __future__ import annotations
 
@@ -48,3 +48,13 @@ def test_what_was_mended_since_somebody_looked_stays(deployment: Deployment) -> 
     rollback.set_aside(deployment, "a", commits.digest_of(BROKEN.encode()), FAILURE)
     assert path.read_text() == mended
     assert not deployment.rejected("a").exists()
+
+
+def test_a_kept_block_that_was_torn_is_kept_anew(deployment: Deployment) -> None:
+    """Else there is no way back to a block that serves, though its text is at hand."""
+    [path] = deployment.kept_blocks.glob("*.json")
+    whole = generations.kept(deployment, path.stem)
+    assert whole is not None
+    path.write_text("{")
+    generations.keep(deployment, [whole])
+    assert generations.kept(deployment, path.stem) == whole
