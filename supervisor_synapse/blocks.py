@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from supervisor_synapse.core.admission import needs_of
 from supervisor_synapse.core.model import Failure, FailureClass, ProcessState
 from supervisor_synapse.core.trials import Standing, Trial
 from supervisor_synapse.effects import Deployer
-from supervisor_synapse.errors import SynapseError
+from supervisor_synapse.errors import SynapseError, TransientError
 
 _AGAIN_SECONDS = 3.0  # what could not be done is tried again
 _STILL_SECONDS = 1.5  # a file that was not written to for so long is no longer being saved
@@ -122,21 +122,41 @@ class Blocks:
             and program.name not in found.untold
             and self._is_news(program.name, found, table.get(program.name))
         ]
-        # `update` takes one after the other, and is one change: those that run still come with it.
-        is_due = any(not table[name].pid for name in news) or not self._standings
-        names = news if is_due else []
-        stamps = [(name, self._on_disk[name].stamp) for name in names]
         # What runs may have begun with the edited block, or with the one before: nobody can tell.
         running = frozenset(name for name in news if table[name].pid)
-        if not names or not self._may_try(f"adopt {stamps}"):
-            return (self._unadopted & set(names)) | running
-        held = self._held_commands()
-        taken = [name for name in names if self._is_held(name, held)]
-        adopted = []
+        # Tried anew as soon as supervisord has replaced one: the next start would be of its block.
+        tries = [
+            (name, self._on_disk[name].stamp, table[name].start, table[name].stop) for name in news
+        ]
+        if not news or not self._may_try(f"adopt {tries}"):
+            return (self._unadopted & set(news)) | running
+        taken = {name: self._on_disk[name].digest for name in self._taken_up(news, table)}
+        adopted: frozenset[str] = frozenset()
         if taken and self._do("edited blocks", partial(self._deployer.adopt, taken)):
-            taken, adopted = [], taken
+            taken, adopted = {}, frozenset(taken)
         self._unadopted = frozenset(taken)
-        return self._unadopted | (running - frozenset(adopted))
+        return self._unadopted | (running - adopted)
+
+    def _taken_up(self, news: Sequence[str], table: Mapping[str, Process]) -> list[str]:
+        """Those that supervisord holds as they stand on disk, in all that a block says: also an
+        environment may break a model. `update` takes one after the other, and is one change: those
+        that run still come with it.
+        """
+        try:
+            changed = self._rpc.reread().changed
+            held = self._held_commands()
+        except Refused as refused:
+            self._complain("configuration not told", "supervisord", str(refused))
+            return []
+        is_under_way = any(not table[name].pid and name not in changed for name in news)
+        is_over = changed.isdisjoint(news)
+        return [
+            name
+            for name in news
+            if (held is None or self._is_held(name, held))
+            and (name not in changed or (is_under_way and table[name].pid))
+            and (is_under_way or is_over or not self._standings)
+        ]
 
     def _is_news(self, name: str, found: Registry, process: Process | None) -> bool:
         """Whether a block is not the applied one; of which nothing is known yet only if it is ours,
@@ -148,12 +168,15 @@ class Blocks:
         is_ours = there in found.digests().get(name, ())
         return standing is not None or is_ours or not process.pid
 
-    def _held_commands(self) -> Mapping[str, str]:
+    def _held_commands(self) -> Mapping[str, str] | None:
+        """None where they cannot be told: a control character in any block is no XML."""
         try:
             return self._rpc.commands()
-        except Refused as refused:
-            self._complain("configuration not told", "supervisord", str(refused))
-            return {}
+        except Refused:
+            raise
+        except TransientError as error:
+            self._complain("commands not told", "supervisord", str(error))
+            return None
 
     def _is_held(self, name: str, held: Mapping[str, str]) -> bool:
         """Whether supervisord holds the block that is on disk: `reread` alone is not `update`."""
@@ -189,7 +212,8 @@ class Blocks:
                 self._complain("broken configuration", str(one.path), str(one))
                 continue
             failure = Failure(FailureClass.BAD_ARGUMENT, str(one), time.time())
-            self._do("broken block", partial(self._deployer.set_aside, name, failure))
+            digest = self._on_disk[name].digest
+            self._do("broken block", partial(self._deployer.set_aside, name, digest, failure))
         if not broken:
             self._checked = dict(self._on_disk)
 

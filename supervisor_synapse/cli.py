@@ -253,13 +253,15 @@ def _plan(deployment: Deployment, arguments: argparse.Namespace) -> int:
 
 
 def _up(deployment: Deployment, arguments: argparse.Namespace) -> int:
-    from supervisor_synapse import deploy, lifecycle, progress
+    from supervisor_synapse import deploy, lifecycle, progress, rollback
 
     with lifecycle.Interrupts() as interrupts:
         for path in deploy.initialize(deployment):
             _say(f"wrote {path}")
         settings = _settings(deployment)
         rpc = lifecycle.connect(deployment)
+        for line in rollback.set_broken_aside(deployment) if rpc is None else ():
+            _say(line)
         started_here = rpc is None
         found, _ = _applied(
             partial(_find_or_make_models, deployment, settings, rpc, demo=arguments.demo),

@@ -31,7 +31,7 @@ from supervisor_synapse.blocks import Blocks, Sight
 from supervisor_synapse.commands import Answer, Commands
 from supervisor_synapse.core import failover
 from supervisor_synapse.core.admission import Ledger
-from supervisor_synapse.core.decide import decide
+from supervisor_synapse.core.decide import decide, is_at_rest_by_hand
 from supervisor_synapse.core.model import (
     UNDER_WAY,
     Estimate,
@@ -180,7 +180,7 @@ class Listener:
             if not await self._tell_launchers(seen, decision):
                 self._wake.set()  # somebody started a model meanwhile: look again
                 return
-            self._states = decision.states
+            self._states = {**self._of_absent(decision.states), **decision.states}
             self._ledger = decision.ledger
             self._remember()
             self._record(decision.transitions)
@@ -294,6 +294,17 @@ class Listener:
             is_untold=name in sight.untold, is_outdated=name in sight.outdated,
             is_unadopted=name in sight.unadopted,
         )  # fmt: skip
+
+    def _of_absent(self, present: Mapping[str, ModelState]) -> dict[str, ModelState]:
+        """`supervisorctl update` takes a program away before it adds it anew: that it was stopped
+        by hand is not forgotten for that.
+        """
+        names = {program.name for program in self._world.registry.programs}
+        return {
+            name: replace(state, rests=True)
+            for name, state in self._states.items()
+            if name in names and name not in present and is_at_rest_by_hand(state, _now())
+        }
 
     async def _look_at_memory(self, programs: Iterable[Program]) -> None:
         runs = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import assert_never
@@ -34,9 +34,9 @@ class Deployer:
     bless: Callable[[str, str], None]
     roll_back: Callable[[str, str, Failure], str]  # of which block, and why
     roll_back_to: Callable[[str, int, str], str]  # which generation, and by which command
-    adopt: Callable[[Sequence[str]], None]
+    adopt: Callable[[Mapping[str, str]], None]  # the digests that were seen, by name
     forget_untold: Callable[[Sequence[str]], None]
-    set_aside: Callable[[str, Failure], str]
+    set_aside: Callable[[str, str, Failure], str]  # which block of it, and why
 
 
 class Effects:

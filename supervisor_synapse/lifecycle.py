@@ -19,6 +19,7 @@ from types import FrameType
 
 import psutil
 
+from supervisor_synapse.adapters import config_files
 from supervisor_synapse.adapters.deployment import Deployment
 from supervisor_synapse.adapters.supervisord import Absent, Answer, Supervisord
 from supervisor_synapse.core.model import UNDER_WAY, ProcessState, Row, Snapshot
@@ -88,6 +89,8 @@ def start_supervisord(deployment: Deployment) -> Supervisord:
             if child.poll() is not None:
                 printed.seek(0)
                 why = _reason(printed.read(65536).decode("utf-8", "replace"))
+                broken = config_files.broken_files(deployment.main_config)
+                why = "; ".join(map(str, broken)) or why
                 log = deployment.log / "supervisord.log"
                 raise ConfigError(f"supervisord did not start: {why}; its log is {log}")
             if time.monotonic() > deadline:

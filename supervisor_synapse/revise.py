@@ -7,7 +7,7 @@ what runs is stopped by the listener first.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
 from supervisor_synapse import commit as commits
@@ -55,8 +55,10 @@ def _render_anew(deployment: Deployment, name: str, change: Change) -> None:
     rollback.tell(deployment, Supervisord(deployment.socket), (name,))
 
 
-def adopt(deployment: Deployment, names: Sequence[str]) -> None:
+def adopt(deployment: Deployment, seen: Mapping[str, str]) -> None:
     """Blocks that were edited by hand, and that supervisord has taken up, are a generation.
+
+    `seen`: their digests by name; one that was edited again since then is left for later.
 
     Raises:
         OSError, TransientError: it was not written down.
@@ -67,11 +69,13 @@ def adopt(deployment: Deployment, names: Sequence[str]) -> None:
         known = generations.standings(deployment)
         programs = {program.name: program for program in earlier.programs}
         texts = {}
-        for name in names:
+        for name, digest in seen.items():
             path = deployment.block(name)
             if name in programs and path.is_file():
                 # Byte for byte: a block is known by them, whatever ends its lines.
-                texts[name] = path.read_bytes().decode("utf-8")
+                content = path.read_bytes()
+                if commits.digest_of(content) == digest:
+                    texts[name] = content.decode("utf-8")
         digests = {name: generations.digest(text) for name, text in texts.items()}
         changed = tuple(
             name for name, now in digests.items() if known.get(name, Standing()).digest != now

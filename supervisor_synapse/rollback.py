@@ -7,20 +7,21 @@ what runs is stopped by the listener first. Imports nothing of discovery, which 
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from supervisor_synapse import commit as commits
-from supervisor_synapse.adapters import blocks, generations, registry, store
+from supervisor_synapse.adapters import blocks, config_files, generations, registry, store
 from supervisor_synapse.adapters.deployment import Deployment
 from supervisor_synapse.adapters.generations import Kept
 from supervisor_synapse.adapters.registry import Registry
 from supervisor_synapse.adapters.supervisord import Supervisord
 from supervisor_synapse.core import trials
-from supervisor_synapse.core.model import Failure, Program
+from supervisor_synapse.core.model import Failure, FailureClass, Program
 from supervisor_synapse.core.trials import Generation, Good, Rejected, Standing
-from supervisor_synapse.errors import ConfigError, RollbackFailed
+from supervisor_synapse.errors import ConfigError, RollbackFailed, TransientError
 
 # What a block says of its program; the rest (why it is enabled, its tier …) is of today.
 _OF_THE_BLOCK = (
@@ -57,8 +58,10 @@ def tell(deployment: Deployment, rpc: Supervisord, names: Sequence[str]) -> None
 
 
 def told_of(deployment: Deployment, names: Sequence[str]) -> None:
-    """Supervisord holds of these programs what it shall hold, unless their blocks were still being
-    written when that was seen.
+    """Supervisord holds of these programs what it shall hold, as it seemed to somebody who looked.
+
+    Perhaps while their blocks were still to be written, or after somebody was killed before that:
+    so it is looked at again.
 
     Raises:
         OSError, TransientError: it was not written down.
@@ -66,8 +69,8 @@ def told_of(deployment: Deployment, names: Sequence[str]) -> None:
     with commits.locked(deployment):
         commits.complete(deployment)
         reread = Supervisord(deployment.socket).reread()
-        differ = reread.added | reread.changed | reread.removed
-        _forget_untold(deployment, [name for name in names if name not in differ])
+        waiting = reread.added | reread.changed | reread.removed
+        _forget_untold(deployment, [name for name in names if name not in waiting])
 
 
 def _forget_untold(deployment: Deployment, names: Sequence[str]) -> None:
@@ -91,8 +94,10 @@ def bless(deployment: Deployment, name: str, digest: str) -> None:
             commits.keep_standings(deployment, {name: trials.proven(standing)})
 
 
-def set_aside(deployment: Deployment, name: str, failure: Failure) -> str:
+def set_aside(deployment: Deployment, name: str, broken: str, failure: Failure) -> str:
     """Put the applied block in place of one that supervisord cannot read, which is left beside.
+
+    Only while that (`broken`, its digest) is what is there: somebody may be mending it.
 
     Raises:
         RollbackFailed: the applied one is not kept.
@@ -109,6 +114,8 @@ def set_aside(deployment: Deployment, name: str, failure: Failure) -> str:
             raise RollbackFailed(f"{name}: {path} is not a regular file; remove it")
         content = path.read_bytes()
         digest = commits.digest_of(content)
+        if digest != broken:
+            return f"{name}: has another block by now"
         rejection = Rejected(digest, standing.generation, failure, was_tried=False)
         commits.reject(deployment, name, content.decode("utf-8", "replace"), failure)
         commits.keep_standings(deployment, {name: trials.rejected(standing, rejection)})
@@ -117,6 +124,26 @@ def set_aside(deployment: Deployment, name: str, failure: Failure) -> str:
         registry.save(deployment.registry, replace(found, untold=untold))
         store.write_text(path, kept.text)
         return f"{name}: {path.name} set aside: {failure.message}"
+
+
+def set_broken_aside(deployment: Deployment) -> list[str]:
+    """Models' blocks with which supervisord would not start; what was done, in words. What is not
+    ours to mend, or cannot be, stays: supervisord's start will tell.
+    """
+    ours = {
+        deployment.block(program.name): program.name
+        for program in registry.load(deployment.registry).programs
+    }
+    said = []
+    for one in config_files.broken_files(deployment.main_config):
+        name = ours.get(one.path)
+        if name is None:
+            continue
+        failure = Failure(FailureClass.BAD_ARGUMENT, str(one), time.time())
+        with contextlib.suppress(RollbackFailed, TransientError, OSError):
+            broken = commits.digest_of(one.path.read_bytes())
+            said.append(set_aside(deployment, name, broken, failure))
+    return said
 
 
 def roll_back(

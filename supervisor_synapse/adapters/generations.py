@@ -69,7 +69,7 @@ def _digest_or_none(text: str) -> str | None:
 
 
 def keep(deployment: Deployment, blocks: Iterable[Kept]) -> None:
-    """Write those blocks that are not kept yet.
+    """Write those blocks that are not kept yet, or no longer whole.
 
     Raises:
         OSError: some may be missing.
@@ -77,7 +77,7 @@ def keep(deployment: Deployment, blocks: Iterable[Kept]) -> None:
     folder = deployment.kept_blocks
     for block in blocks:
         path = folder / f"{block.digest}.json"
-        if not path.exists():
+        if kept(deployment, block.digest) is None:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             store.write_json(path, _KEPT.dump_python(block, mode="json"))
 

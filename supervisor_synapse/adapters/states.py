@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
@@ -56,7 +56,10 @@ def load(path: Path, boot: str) -> dict[str, ModelState]:
         store.set_aside(path)
         return {}
     is_of_this_boot = remembered.boot == boot and remembered.at <= time.monotonic()
-    return remembered.models if is_of_this_boot else {}
+    if not is_of_this_boot:
+        return {}
+    # Another supervisord may run by now, which has stopped nothing yet.
+    return {name: replace(model, stopped_at=None) for name, model in remembered.models.items()}
 
 
 def save(path: Path, boot: str, models: Mapping[str, ModelState]) -> None:

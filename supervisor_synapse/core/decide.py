@@ -44,6 +44,7 @@ from supervisor_synapse.core.state import Decision, ModelState, Now, Policy, See
 
 _SEEN_START_SECONDS = 2.5  # the loop looks more often than that
 _REPLACED_SECONDS = 30.0  # a program that is new within them is new by our own doing
+_UPDATE_SECONDS = 3.0  # between the end of a model and its replacement, by one `update`
 _GOLDEN = 0.6180339887498949
 
 _WAITS = frozenset({Phase.PENDING, Phase.DEFERRED})  # for a place, or for memory
@@ -66,6 +67,15 @@ def decide(
     return Decision(after, actions, tuple(_transitions(states, after)), ledger)
 
 
+def is_at_rest_by_hand(state: ModelState, now: Now) -> bool:
+    """Whether a model had been stopped by hand before its program is replaced: `supervisorctl
+    update` stops one that runs, too, and replaces it at once.
+    """
+    if state.phase is not Phase.STOPPED or state.stopped_at is None:
+        return False
+    return state.rests or now.monotonic - state.stopped_at > _UPDATE_SECONDS
+
+
 # --- what a model is -----------------------------------------------------------------------------
 
 
@@ -81,7 +91,7 @@ def _by_process(before: ModelState | None, seen: Seen, now: Now, policy: Policy)
     match seen.state:
         case ProcessState.STOPPED:
             was_disabled = before is not None and before.phase is Phase.DISABLED
-            return _at_rest(replace(state, resume=state.resume or was_disabled), seen)
+            return _at_rest(replace(state, resume=state.resume or was_disabled), seen, now)
         case ProcessState.STARTING:
             return _in(state, Phase.LOADING, "its process is starting")
         case ProcessState.RUNNING:
@@ -109,7 +119,9 @@ def _of_run(state: ModelState, seen: Seen, now: Now) -> ModelState:
             return state
         anew = ModelState(resume=state.resume, asked_at=state.asked_at)
         if not _is_ours_to_replace(state.renewed_at, now):
-            return anew
+            if not is_at_rest_by_hand(state, now):
+                return anew
+            return replace(anew, phase=state.phase, reason=state.reason, rests=True)
         return replace(
             anew, phase=state.phase, reason=state.reason, last_failure=state.last_failure,
             rests=state.rests, out_since=state.out_since,
@@ -124,8 +136,8 @@ def _of_run(state: ModelState, seen: Seen, now: Now) -> ModelState:
         is_by_hand=state.is_by_hand if _is_ours(state, now) else not seen.enabled,
         retries=restarts.on_start(state.retries), resume=False, drain=False, idle_since=None,
         roomy_since=None, is_refused=False, evicted_for="", replaced_at=None, renewed_at=None,
-        is_wanted_itself=failover.is_asked_for(state), rests=False,
-        tried=_block_held(seen),
+        is_wanted_itself=failover.is_asked_for(state), tried=_block_held(seen), rests=False,
+        stopped_at=None,
     )  # fmt: skip
 
 
@@ -172,7 +184,7 @@ def _said(state: ModelState, phase: Phase, reason: str) -> ModelState:
     return replace(state, phase=phase, reason=reason)
 
 
-def _at_rest(state: ModelState, seen: Seen) -> ModelState:
+def _at_rest(state: ModelState, seen: Seen, now: Now) -> ModelState:
     state = replace(state, is_out=False, condemned=None, ready_at=None)
     if not seen.enabled and (seen.is_fresh or not state.is_by_hand):
         return _said(state, Phase.DISABLED, _with_residue(seen.why, seen))
@@ -180,6 +192,8 @@ def _at_rest(state: ModelState, seen: Seen) -> ModelState:
         news = "its block has changed" if _is_renewed(state) else "enabled"
         return _wanted(state, f"{news}; waits for a loading place")
     why = "drained" if state.drain else "stopped by hand"
+    if state.stopped_at is None:
+        state = replace(state, stopped_at=now.monotonic)
     return _in(state, Phase.STOPPED, _with_residue(why, seen))
 
 

@@ -112,6 +112,7 @@ class ModelState:
     renewed_at: float | None = None  # when supervisord was last to take that up
     out_since: float | None = None  # it was ready, and is out for another block
     rests: bool = False  # it was stopped by hand when its block changed
+    stopped_at: float | None = None  # by hand; since then at rest, as seen by this listener
     failover: Failover | None = None
     is_wanted_itself: bool = False  # by a command, or by whoever started it, and not its fallback
 

@@ -37,7 +37,8 @@ def at() -> Iterator[Applied]:
 
 def answer(at: Applied, connection: socket.socket, request: bytes) -> None:
     _, method = xmlrpc.client.loads(request.partition(b"\r\n\r\n")[2])
-    value: Any = [[[], [], []]]
+    waiting = at.deployment.run / "waiting"  # what supervisord holds otherwise than it stands
+    value: Any = [[[], waiting.read_text().split() if waiting.exists() else [], []]]
     if method == "supervisor.getAllConfigInfo":
         value = [
             {"name": path.stem, "command": command_of(path.read_text())}
@@ -94,8 +95,11 @@ def test_of_a_model_that_runs_with_an_edit_on_disk_nobody_can_tell_what_it_runs(
     at.edit("alpha", "--verbose")
     before = at.standings()
     look = looking(at)
+    waiting = at.deployment.run / "waiting"
+    waiting.write_text("alpha")
     assert look.look(at.registry(), table("alpha", "beta")).unadopted == {"alpha"}
     assert at.standings() == before
+    waiting.unlink()
     sight = look.look(at.registry(), table("beta"))
     assert sight.unadopted == frozenset()
     assert sight.trials["alpha"].digest == at.on_disk()["alpha"]

@@ -18,7 +18,7 @@ import pytest
 from supervisor_synapse import commit as commits
 from supervisor_synapse import revise, rollback
 from supervisor_synapse.errors import SynapseError
-from tests.unit.applied import FAILURE, Applied, Faults, Killed, faulty, tiny
+from tests.unit.applied import FAILURE, Applied, Faults, Killed, faulty, on_disk, tiny
 
 # A deployment in which alpha has a former good block, beta was edited by hand and adopted, gamma
 # and delta are as they came; each of `CHANGES` changes that.
@@ -53,7 +53,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Original:
     at.prove(*NAMES)
     at.discover(tiny("alpha", "--mlock"), *programs[1:])
     at.edit("beta", "--no-warmup")
-    revise.adopt(at.deployment, ["beta"])
+    revise.adopt(at.deployment, on_disk(at.deployment, "beta"))
     at.prove("beta")
     made = Original(at)
     made.keep()
@@ -85,7 +85,7 @@ def forced_over_an_edit(at: Applied) -> None:
 def adopted(at: Applied) -> None:
     at.edit("alpha", "--verbose")
     at.edit("gamma", "--verbose")
-    revise.adopt(at.deployment, ["alpha", "gamma"])
+    revise.adopt(at.deployment, on_disk(at.deployment, "alpha", "gamma"))
 
 
 def rolled_back(at: Applied) -> None:
@@ -215,7 +215,7 @@ def test_an_edit_is_adopted_only_after_what_was_broken_off_is_carried_on(
     for at in broken_off(original, discovered):
         was_written = at.registry().generation > 3
         at.edit("beta", "--verbose")
-        revise.adopt(at.deployment, ["beta"])
+        revise.adopt(at.deployment, on_disk(at.deployment, "beta"))
         standing = at.standings()["gamma"]
         assert standing.on_trial == was_written
         assert at.standings()["beta"].digest == at.on_disk()["beta"]

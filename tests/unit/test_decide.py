@@ -26,17 +26,20 @@ from supervisor_synapse.core.restarts import Restarts
 from supervisor_synapse.core.settings import RestartPolicy
 from supervisor_synapse.core.state import (
     Action,
+    Bless,
     Decision,
     Kill,
     ModelState,
     MovePort,
     Now,
     Policy,
+    RollBack,
     Seen,
     Start,
     Stop,
     Transition,
 )
+from supervisor_synapse.core.trials import Good, Trial
 
 SPACING_SECONDS = 1.0  # supervisord tells runs apart by whole seconds
 LOADING_PLACE_SECONDS = 60.0
@@ -1401,3 +1404,36 @@ def test_what_a_killed_server_seems_to_answer_does_not_clear_it(answer: Verdict)
     failure = decide(states, [ended], Now(3.0, 0.0), Policy()).states["a"].last_failure
     assert failure is not None
     assert failure.failure_class is FailureClass.WEDGED
+
+
+def test_a_run_proves_no_block_that_supervisord_may_not_hold() -> None:
+    """Its block could not be taken up in time, so it was started with what supervisord held; as
+    soon as that is known to be the one, it is on trial like any.
+    """
+    run = Incarnation(pid=7, started_at=70)
+    trial = Trial("new", 2, Good("old", 1))
+    seen = Seen(
+        "a", True, "", ProcessState.RUNNING, run, 70, verdict=Verdict.READY, digest="new",
+        trial=trial, is_untold=True,
+    )  # fmt: skip
+    known: Mapping[str, ModelState] = {"a": ModelState(phase=Phase.PENDING)}
+    policy = Policy(trial_seconds=2)
+    actions: list[Action] = []
+    for second in range(10):
+        decision = decide(known, [seen], Now(100.0 + second, 0.0), policy)
+        known, actions = decision.states, [*actions, *decision.actions]
+    assert not [action for action in actions if isinstance(action, Bless)]
+    told = decide(known, [replace(seen, is_untold=False)], Now(110.0, 0.0), policy)
+    assert [action.digest for action in told.actions if isinstance(action, Bless)] == ["new"]
+
+
+def test_a_run_that_was_over_before_anybody_saw_it_was_one_of_the_applied_block() -> None:
+    """So that block is on trial for it, and is taken back."""
+    trial = Trial("new", 2, Good("old", 1))
+    ending = Ending(1, BAD_FLAG)
+    seen = Seen(
+        "a", True, "", ProcessState.EXITED, None, 70, ending=ending, digest="new", trial=trial
+    )
+    before = ModelState(phase=Phase.PENDING, asked_at=99.0, tried="old")
+    after = decide({"a": before}, [seen], Now(100.0, 0.0), Policy())
+    assert [action.digest for action in after.actions if isinstance(action, RollBack)] == ["new"]

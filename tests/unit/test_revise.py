@@ -22,7 +22,7 @@ from supervisor_synapse.core import trials
 from supervisor_synapse.core.model import ProcessState
 from supervisor_synapse.errors import ConfigError, RollbackFailed, ShuttingDown, TransientError
 from tests.unit import scripted
-from tests.unit.applied import FAILURE, Applied, tiny
+from tests.unit.applied import FAILURE, Applied, on_disk, tiny
 from tests.unit.test_supervisord import PROCESS
 
 
@@ -185,7 +185,7 @@ def test_the_same_command_twice_is_one_rollback_whatever_came_between(
     first = rollback.roll_back(at.deployment, "alpha", command="e-1")
     applied = at.on_disk()["alpha"]
     at.edit("beta", "--verbose")
-    revise.adopt(at.deployment, ["beta"])
+    revise.adopt(at.deployment, on_disk(at.deployment, "beta"))
     assert rollback.roll_back(at.deployment, "alpha", command="e-1") == first
     assert at.on_disk()["alpha"] == applied
     assert at.registry().generation == 4
@@ -206,7 +206,7 @@ def test_only_the_block_that_failed_is_left(at: Applied, supervisord: Scripted) 
     """The user was quicker: another is applied by now."""
     failed = at.standings()["alpha"].digest
     at.edit("alpha", "--verbose")
-    revise.adopt(at.deployment, ["alpha"])
+    revise.adopt(at.deployment, on_disk(at.deployment, "alpha"))
     before = at.picture()
     said = rollback.roll_back(at.deployment, "alpha", left=failed, failure=FAILURE)
     assert said == "alpha: has another block by now"
@@ -292,10 +292,10 @@ def test_going_back_to_what_was_edited_by_hand_is_no_discovery(
 ) -> None:
     """Discovery goes on keeping it."""
     edited = at.edit("beta", "--verbose")
-    revise.adopt(at.deployment, ["beta"])
+    revise.adopt(at.deployment, on_disk(at.deployment, "beta"))
     at.prove("beta")
     at.edit("beta", "--more")
-    revise.adopt(at.deployment, ["beta"])
+    revise.adopt(at.deployment, on_disk(at.deployment, "beta"))
     rollback.roll_back(at.deployment, "beta", failure=FAILURE)
     assert at.on_disk()["beta"] == edited
     assert edited not in at.registry().digests()["beta"]
@@ -337,7 +337,7 @@ def test_a_supervisord_that_refuses_is_told_again(
 
 def test_edits_that_came_together_are_one_generation(at: Applied) -> None:
     digests = {name: at.edit(name, "--verbose") for name in ("alpha", "beta")}
-    revise.adopt(at.deployment, ["alpha", "beta", "gamma"])
+    revise.adopt(at.deployment, on_disk(at.deployment, "alpha", "beta", "gamma"))
     found = generations.load(at.deployment, at.registry().generation)
     assert found is not None
     assert (found.number, found.surface, found.changed) == (3, trials.UPDATE, ("alpha", "beta"))
@@ -351,7 +351,7 @@ def test_edits_that_came_together_are_one_generation(at: Applied) -> None:
 def test_an_edit_is_not_rewritten_and_nobody_is_told(at: Applied, supervisord: Scripted) -> None:
     at.edit("beta", "--verbose")
     before = at.deployment.block("beta").stat()
-    revise.adopt(at.deployment, ["beta"])
+    revise.adopt(at.deployment, on_disk(at.deployment, "beta"))
     after = at.deployment.block("beta").stat()
     assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
     assert at.registry().untold == {}
@@ -360,9 +360,9 @@ def test_an_edit_is_not_rewritten_and_nobody_is_told(at: Applied, supervisord: S
 
 def test_what_is_known_is_not_taken_note_of_again(at: Applied) -> None:
     at.edit("beta", "--verbose")
-    revise.adopt(at.deployment, ["beta"])
+    revise.adopt(at.deployment, on_disk(at.deployment, "beta"))
     before = at.deployment.registry.stat().st_mtime_ns
-    revise.adopt(at.deployment, ["beta", "nobody", "../beta"])
+    revise.adopt(at.deployment, on_disk(at.deployment, "beta", "nobody", "../beta"))
     assert at.registry().generation == 3
     assert at.deployment.registry.stat().st_mtime_ns == before
 
@@ -371,9 +371,9 @@ def test_an_edit_back_to_what_was_good_is_good(at: Applied) -> None:
     path = at.deployment.block("beta")
     text = path.read_text()
     at.edit("beta", "--verbose")
-    revise.adopt(at.deployment, ["beta"])
+    revise.adopt(at.deployment, on_disk(at.deployment, "beta"))
     path.write_text(text)
-    revise.adopt(at.deployment, ["beta"])
+    revise.adopt(at.deployment, on_disk(at.deployment, "beta"))
     assert not at.standings()["beta"].on_trial
 
 
@@ -382,7 +382,7 @@ def test_an_edit_back_to_what_failed_stays_rejected(at: Applied, supervisord: Sc
     text = path.read_text()
     rollback.roll_back(at.deployment, "alpha", failure=FAILURE)
     path.write_text(text)
-    revise.adopt(at.deployment, ["alpha"])
+    revise.adopt(at.deployment, on_disk(at.deployment, "alpha"))
     standing = at.standings()["alpha"]
     assert standing.on_trial
     assert standing.rejection(standing.digest) is not None
@@ -415,7 +415,7 @@ def test_another_block_than_the_applied_one_is_not_proved(at: Applied) -> None:
 def test_a_file_that_supervisord_cannot_read_is_set_aside(at: Applied) -> None:
     content = b"[program:alpha\n\xff"
     at.deployment.block("alpha").write_bytes(content)
-    rollback.set_aside(at.deployment, "alpha", FAILURE)
+    rollback.set_aside(at.deployment, "alpha", on_disk(at.deployment, "alpha")["alpha"], FAILURE)
     assert at.on_disk()["alpha"] == at.standings()["alpha"].digest
     beside = at.deployment.rejected("alpha").read_text("utf-8")
     assert beside.endswith("[program:alpha\n\ufffd")
@@ -427,7 +427,7 @@ def test_a_broken_file_stays_where_nothing_can_take_its_place(at: Applied) -> No
     shutil.rmtree(at.deployment.kept_blocks)
     for name in ("alpha", "nobody"):
         with pytest.raises(RollbackFailed, match="no former block"):
-            rollback.set_aside(at.deployment, name, FAILURE)
+            rollback.set_aside(at.deployment, name, on_disk(at.deployment, name)[name], FAILURE)
     assert path.read_text() == "broken"
 
 

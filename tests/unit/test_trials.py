@@ -315,3 +315,12 @@ def test_older_generations_that_are_taken_up_again_change_nothing(
         names = [name for name, one in life.standings.items() if one.generation >= number]
         again = generation(number, UPDATE, **dict.fromkeys(names, "Z"))
         assert taken_up(life.standings, again) == life.standings
+
+
+@pytest.mark.parametrize("surface", [DISCOVER, UPDATE])
+def test_a_former_block_that_was_applied_anew_is_the_one_to_go_back_to(surface: str) -> None:
+    """Not the one that proved itself in between, which was given up."""
+    first, second = generation(1, surface, a="A"), generation(2, surface, a="B")
+    again, bad = generation(3, surface, a="A"), generation(4, surface, a="C")
+    standing = after(first, second, again, bad, good="AB")
+    assert standing.former == Good("A", 3)

@@ -33,6 +33,7 @@ from supervisor_synapse.core.model import Failure, FailureClass
 from supervisor_synapse.core.swap import Step, Swap
 from supervisor_synapse.errors import ConfigError
 from tests.gguf_factory import write_model
+from tests.unit.applied import on_disk
 
 FIRST_LAYOUT = Path(__file__).parent / "data" / "first_layout"
 NAMES = ("alpha", "beta", "gamma")
@@ -156,7 +157,7 @@ def test_what_was_edited_by_hand_is_taken_note_of(old: Old) -> None:
     """As the listener does, when it sees that supervisord holds it."""
     texts = old.texts()
     old.discover()
-    revise.adopt(old.deployment, ["beta"])
+    revise.adopt(old.deployment, on_disk(old.deployment, "beta"))
     standing = generations.standings(old.deployment)["beta"]
     assert standing.digest == hashlib.sha256(texts["beta"]).hexdigest()
     assert old.texts() == texts
@@ -168,12 +169,12 @@ def test_what_was_edited_by_hand_is_taken_note_of(old: Old) -> None:
 def test_the_next_change_can_be_taken_back(old: Old, how: str) -> None:
     texts = old.texts()
     old.discover()
-    revise.adopt(old.deployment, ["beta"])
+    revise.adopt(old.deployment, on_disk(old.deployment, "beta"))
     for name, standing in generations.standings(old.deployment).items():
         rollback.bless(old.deployment, name, standing.digest)
     if how == "edited":
         old.edit("alpha", "--nonsense")
-        revise.adopt(old.deployment, ["alpha"])
+        revise.adopt(old.deployment, on_disk(old.deployment, "alpha"))
     else:
         settings = old.deployment.settings
         settings.write_text(settings.read_text() + "[model:alpha]\nparallel = 2\n")
@@ -193,7 +194,7 @@ def test_before_any_discovery_a_command_finds_nothing_and_harms_nothing(old: Old
     with pytest.raises(ConfigError, match="alpha: there is no such model"):
         rollback.roll_back(old.deployment, "alpha")
     rollback.bless(old.deployment, "alpha", "x")
-    revise.adopt(old.deployment, ["alpha", "beta"])
+    revise.adopt(old.deployment, on_disk(old.deployment, "alpha", "beta"))
     found = generations.load(old.deployment, 2)
     assert found is not None
     assert (found.surface, found.changed) == (trials.UPDATE, ("alpha", "beta"))
