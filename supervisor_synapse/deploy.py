@@ -171,7 +171,9 @@ def _refuse(deployment: Deployment, found: Change) -> None:
     }
     for name, (block, failure) in found.refused.items():
         standing = after.get(name, known.get(name, Standing()))
-        rejection = Rejected(digest(block.text), found.earlier.generation, failure, was_tried=False)
+        rejection = Rejected(
+            digest(block.text), found.earlier.generation, failure, was_tried=False, is_meant=True
+        )
         if standing.rejection(rejection.digest) is None:
             after[name] = trials.rejected(standing, rejection)
             commits.reject(deployment, name, block.text, failure)

@@ -443,6 +443,7 @@ class Observer:
         files = [
             path for path in (program.model_path, *program.shards, program.projector_path) if path
         ]
+        stamp, has_files = await self._files(process, files)
         verdict, reason = Verdict.UNKNOWN, ""
         if watched is not None:
             verdict, reason = probes.judge(watched.live, time.monotonic(), self._policy)
@@ -452,7 +453,7 @@ class Observer:
             age_seconds=max(process.now - process.start, 0), verdict=verdict,
             verdict_reason=reason, busy=watched is not None and is_busy(watched),
             ending=await self._ending(process, files), spawn_error=process.spawnerr,
-            file_stamp=await self._file_stamp(process, files),
+            file_stamp=stamp, has_files=has_files,
             is_leaving=leaving is not None and not leaving.is_over,
             residue=leaving.residue if leaving is not None else "",
             is_asleep=watched is not None and watched.live.is_asleep,
@@ -473,10 +474,12 @@ class Observer:
             self._endings[process.name] = known
         return known[1]
 
-    async def _file_stamp(self, process: Process, files: Sequence[str]) -> int:
+    async def _files(self, process: Process, files: Sequence[str]) -> tuple[int, bool]:
+        """Of a run that has ended: the stamp of its files, and whether all can be read."""
         if process.state not in _ENDED:
-            return 0
-        return await self._on(self._aside, _stamp, files)
+            return 0, False
+        stamp = await self._on(self._aside, _stamp, files)
+        return stamp, await self._on(self._aside, _can_be_read, files)
 
     async def _own_stamp(self, program: Program, process: Process, state: ModelState | None) -> int:
         """Of what a model with a fallback would itself be served with, where it is given up."""
@@ -570,6 +573,10 @@ def _size(path: str) -> int:
     with contextlib.suppress(OSError):
         return os.stat(path).st_size
     return 0
+
+
+def _can_be_read(paths: Iterable[str]) -> bool:
+    return all(os.access(path, os.R_OK) for path in paths)
 
 
 def _stamp(paths: Iterable[str]) -> int:

@@ -313,6 +313,8 @@ def _permanent(
     """A retry waits for a changed file, and then as after a crash: it may still be written."""
     kind, retries = failure.failure_class, state.retries
     is_mended = kind is not FailureClass.BAD_ARGUMENT and seen.file_stamp != state.failed_stamp
+    # Away when it started, and back before anybody looked.
+    is_mended = is_mended or (kind is FailureClass.MODEL_MISSING and seen.has_files)
     if is_mended and retries.retry_at is None:
         retries = restarts.after_failure(retries, now.monotonic, now.chance, policy.restart)
     if retries.retry_at is not None:

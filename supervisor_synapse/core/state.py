@@ -35,6 +35,7 @@ class Seen:
     ending: Ending | None = None  # where the process has ended by itself
     spawn_error: str = ""
     file_stamp: int = 0  # changes when the model's file does
+    has_files: bool = False  # they are there, and can be read; looked at when its run has ended
     is_leaving: bool = False  # its last run is over, and what it left is being looked for
     residue: str = ""  # what its last run left behind for good
     is_asleep: bool = False

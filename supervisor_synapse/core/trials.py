@@ -38,6 +38,7 @@ class Rejected:
     generation: int  # in which it came, or would have come
     failure: Failure | None  # None: somebody went back by command
     was_tried: bool = True
+    is_meant: bool = False  # what the settings say, refused before it was tried
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +151,9 @@ def _taken_up(standing: Standing, generation: Generation, digest: str, name: str
 def as_meant(standing: Standing) -> Standing:
     """The settings mean the applied block: what they meant before is no longer told."""
     failed = tuple(one for one in standing.rejected if one.failure is not None)
-    return replace(standing, rejected=failed, refused=None)
+    refused = standing.refused
+    is_over = refused is not None and (refused.is_meant or refused.failure is None)
+    return replace(standing, rejected=failed, refused=None if is_over else refused)
 
 
 def broken_by(standings: Standings, generation: int) -> tuple[tuple[str, FailureClass], ...]:

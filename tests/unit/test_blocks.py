@@ -70,7 +70,7 @@ def table(*running: str) -> dict[str, Process]:
     return {
         name: Process(
             name, name, ProcessState.RUNNING if name in running else ProcessState.STOPPED,
-            4711 if name in running else 0, 1, 0, 2, 0, "", "/l",
+            4711 if name in running else 0, 1 if name in running else 0, 0, 2, 0, "", "/l",
         )
         for name in ("alpha", "beta")
     }  # fmt: skip
