@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from supervisor_synapse.adapters import blocks, config_files, generations
-from supervisor_synapse.adapters.blocks import OnDisk
+from supervisor_synapse.adapters import conf_d, config_files, generations
+from supervisor_synapse.adapters.conf_d import OnDisk
 from supervisor_synapse.adapters.config_files import Broken
 from supervisor_synapse.adapters.deployment import Deployment
 from supervisor_synapse.adapters.registry import Registry
@@ -44,6 +44,7 @@ class Sight:
     untold: frozenset[str] = frozenset()  # supervisord may hold another block than the applied one
     outdated: frozenset[str] = frozenset()  # it does
     unadopted: frozenset[str] = frozenset()  # edited, taken up, and not yet taken note of; perhaps
+    broken: str = ""  # a file of somebody else that supervisord cannot read: file, line and why
 
 
 class Blocks:
@@ -61,6 +62,7 @@ class Blocks:
         self._still_since: tuple[float, Mapping[str, OnDisk]] = (0.0, {})
         self._reread: tuple[float, object, Reread | None] = (0.0, None, None)
         self._unadopted: frozenset[str] = frozenset()
+        self._broken = ""
         self._tried_at: dict[str, float] = {}
 
     def look(self, found: Registry, table: Mapping[str, Process]) -> Sight:
@@ -76,7 +78,10 @@ class Blocks:
         self._check_files(found)
         self._read_standings()
         outdated = self._look_at_untold(found, table)
-        return Sight(self._standings, self._trials, frozenset(found.untold), outdated, unadopted)
+        return Sight(
+            self._standings, self._trials, frozenset(found.untold), outdated, unadopted,
+            self._broken,
+        )  # fmt: skip
 
     def _read_standings(self) -> None:
         stamp = generations.stamp(self._deployment)
@@ -105,7 +110,7 @@ class Blocks:
 
     def _scan(self) -> None:
         try:
-            self._on_disk = blocks.scan(self._deployment.blocks, self._on_disk)
+            self._on_disk = conf_d.scan(self._deployment.blocks, self._on_disk)
         except OSError as error:
             self._complain("conf.d not read", "conf.d", str(error.strerror))
 
@@ -186,8 +191,8 @@ class Blocks:
             text = self._deployment.block(name).read_text(encoding="utf-8")
         except (OSError, ValueError):
             return False
-        words = blocks.command_words(text)
-        return bool(words) and blocks.command_words(f"command={held.get(name, '')}") == words
+        words = conf_d.command_words(text)
+        return bool(words) and conf_d.command_words(f"command={held.get(name, '')}") == words
 
     # --- broken files -----------------------------------------------------------------------------
 
@@ -203,12 +208,14 @@ class Blocks:
         if not self._may_try("check"):
             return
         ours = {self._deployment.block(program.name): program.name for program in found.programs}
+        self._broken = ""
         broken = config_files.broken_files(self._deployment.main_config)
         named = {one.path for one in broken}
         broken += tuple(one for one in self._without_programs(ours) if one.path not in named)
         for one in broken:
             name = ours.get(one.path)
             if name is None or name not in self._standings:
+                self._broken = self._broken or str(one)
                 self._complain("broken configuration", str(one.path), str(one))
                 continue
             failure = Failure(FailureClass.BAD_ARGUMENT, str(one), time.time())

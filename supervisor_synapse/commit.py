@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from supervisor_synapse.adapters import blocks, generations, registry, store
+from supervisor_synapse.adapters import conf_d, generations, registry, store
 from supervisor_synapse.adapters.deployment import Deployment
 from supervisor_synapse.adapters.generations import Kept
 from supervisor_synapse.adapters.registry import Entry, Registry
@@ -147,7 +147,7 @@ def _what_is_sure(deployment: Deployment, found: Registry, generation: Generatio
 
     def is_sure(name: str) -> bool:
         is_told_of = name in known or name in found.untold
-        return is_told_of or blocks.digest_there(deployment.block(name)) == generation.blocks.get(
+        return is_told_of or conf_d.digest_there(deployment.block(name)) == generation.blocks.get(
             name
         )
 
@@ -176,7 +176,7 @@ def _carry_out(
     is_done = True
     for name, digest in found.untold.items():
         mine = (*ours.get(name, ()), *_digests(known.get(name)), *_digests(after.get(name)))
-        there = blocks.digest_there(deployment.block(name))
+        there = conf_d.digest_there(deployment.block(name))
         if there and there not in mine:
             continue  # edited by hand since: that is looked at by itself
         if digest and there != digest:
@@ -204,9 +204,18 @@ def _write(deployment: Deployment, name: str, digest: str, why: Failure | None) 
     if kept is None:
         return False
     if why is not None and path.exists():
-        reject(deployment, name, path.read_text("utf-8", "replace"), why)
+        _reject_what_is_there(deployment, name, why)
     store.write_text(path, kept.text)
     return True
+
+
+def _reject_what_is_there(deployment: Deployment, name: str, why: Failure) -> None:
+    text = deployment.block(name).read_text("utf-8", "replace")
+    beside = reject(deployment, name, text, why)
+    standing = generations.standings(deployment).get(name)
+    if standing is not None and standing.refused is not None:
+        after = trials.rejected(standing, standing.refused, beside)
+        keep_standings(deployment, {name: after})
 
 
 def _know_the_rest(deployment: Deployment, step: Step) -> None:
@@ -221,8 +230,8 @@ def _know_the_rest(deployment: Deployment, step: Step) -> None:
         generations.save_standings(deployment, known | new)
 
 
-def reject(deployment: Deployment, name: str, text: str, why: Failure) -> None:
-    """Leave a block that failed beside, with the reason on top.
+def reject(deployment: Deployment, name: str, text: str, why: Failure) -> str:
+    """Leave a block that failed beside, with the reason on top; the digest of all that.
 
     Raises:
         OSError: nothing was changed.
@@ -235,6 +244,7 @@ def reject(deployment: Deployment, name: str, text: str, why: Failure) -> None:
         f"{name}.conf, then: supervisorctl update\n"
     )
     store.write_text(deployment.rejected(name), head + text)
+    return generations.digest(head + text)
 
 
 def keep_standings(deployment: Deployment, changed: Mapping[str, Standing]) -> None:

@@ -47,6 +47,8 @@ from supervisor_synapse.core.state import (
     ModelState,
     Now,
     Policy,
+    Renew,
+    RollBack,
     Seen,
     SetRung,
     Stop,
@@ -121,6 +123,7 @@ class Listener:
         self._has_requests = True  # perhaps, from before
         self._looked_at = time.monotonic()
         self._complained: dict[str, float] = {}
+        self._hindered: dict[str, str] = {}  # why blocks could not be put in place, by model
 
     async def run(self) -> None:
         """Until supervisord ends or stops us."""
@@ -379,6 +382,8 @@ class Listener:
             await self._remembered()  # else it would look stopped by hand to a listener after this
         for action in decision.actions:
             refusal = await self._call(partial(self._effects.perform, action))
+            if isinstance(action, RollBack | Renew):
+                self._hindered[action.name] = refusal
             if refusal:
                 _log.warning(
                     "refused",
@@ -459,15 +464,34 @@ class Listener:
         programs = {program.name: program for program in self._world.registry.programs}
         standings = self._blocks_seen.standings
         now = time.monotonic()
+        hindered = self._hindrances()
         return tuple(
             _row(
                 programs[one.name], one, self._states[one.name], self._observer.watched(one.name),
                 self._memory.estimate(programs[one.name]),
                 self._memory.measured(programs[one.name], one.incarnation),
-                standings.get(one.name, _UNKNOWN), now,
+                standings.get(one.name, _UNKNOWN), hindered.get(one.name, ""), now,
             )
             for one in seen
         )  # fmt: skip
+
+    def _hindrances(self) -> dict[str, str]:
+        """Why changed blocks are not in place, in words to be added to a reason."""
+        sight = self._blocks_seen
+        self._hindered = {
+            name: why
+            for name, why in self._hindered.items()
+            if why and (name in sight.untold or name in sight.trials)
+            and name in self._states and self._states[name].phase is not Phase.READY
+        }  # fmt: skip
+        found = {
+            name: f"; its former block is not in place: {why}"
+            for name, why in self._hindered.items()
+        }
+        if sight.broken:
+            waiting = sight.untold | sight.unadopted
+            found |= dict.fromkeys(waiting, f"; supervisord cannot read {sight.broken}")
+        return found
 
     async def _call(self, function: Callable[[], _T]) -> _T:
         """On the one thread that speaks XML-RPC."""
@@ -522,6 +546,7 @@ def _row(
     estimate: Estimate,
     measured_bytes: int | None,
     standing: Standing,
+    hindrance: str,
     now: float,
 ) -> Row:
     served = watched.served if watched else planned(program)
@@ -530,7 +555,7 @@ def _row(
     return Row(
         name=program.name, repo=program.repo, file=program.file, tier=program.tier,
         role=program.role, enabled=seen.enabled, phase=state.phase,
-        reason=_with_refusal(state.reason, standing),
+        reason=_with_refusal(state.reason, standing) + hindrance,
         state=seen.state, pid=seen.incarnation.pid if seen.incarnation else 0, port=served.port,
         url=served.url, alias=served.alias, context=served.context, parallel=served.parallel,
         device=program.device, estimated_bytes=estimate.total_bytes,

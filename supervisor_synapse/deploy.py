@@ -175,8 +175,8 @@ def _refuse(deployment: Deployment, found: Change) -> None:
             digest(block.text), found.earlier.generation, failure, was_tried=False, is_meant=True
         )
         if standing.rejection(rejection.digest) is None:
-            after[name] = trials.rejected(standing, rejection)
-            commits.reject(deployment, name, block.text, failure)
+            beside = commits.reject(deployment, name, block.text, failure)
+            after[name] = trials.rejected(standing, rejection, beside)
     commits.keep_standings(deployment, after)
 
 

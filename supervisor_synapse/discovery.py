@@ -33,7 +33,7 @@ from supervisor_synapse.adapters import (
 from supervisor_synapse.adapters import (
     engine as engines,
 )
-from supervisor_synapse.adapters.blocks import command_words
+from supervisor_synapse.adapters.conf_d import command_words
 from supervisor_synapse.adapters.deployment import Deployment
 from supervisor_synapse.adapters.generations import digest
 from supervisor_synapse.adapters.gpu import cpu

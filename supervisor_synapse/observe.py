@@ -42,6 +42,7 @@ _LONG_LOADING_SECONDS = 5.0
 _DRAIN_PROBE_SECONDS = 0.5
 _SHORTEST_PAUSE_SECONDS = 0.05
 _FIRST_ANSWER_SECONDS = 0.1
+_FOREIGN_SECONDS = 10  # after so long its launcher has long been executed
 _FOOTPRINT_SECONDS = 0.25
 _MEMORY_SECONDS = 30.0
 _SETTLING_MEMORY_SECONDS = 5.0
@@ -457,6 +458,8 @@ class Observer:
             is_leaving=leaving is not None and not leaving.is_over,
             residue=leaving.residue if leaving is not None else "",
             is_asleep=watched is not None and watched.live.is_asleep,
+            is_foreign=watched is None and process.state is ProcessState.RUNNING
+            and process.now - process.start > _FOREIGN_SECONDS,
             is_swapped=wanted.is_swapped, own_stamp=await self._own_stamp(program, process, state),
         )  # fmt: skip
 

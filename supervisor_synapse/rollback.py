@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from supervisor_synapse import commit as commits
-from supervisor_synapse.adapters import blocks, config_files, generations, registry, store
+from supervisor_synapse.adapters import conf_d, config_files, generations, registry, store
 from supervisor_synapse.adapters.deployment import Deployment
 from supervisor_synapse.adapters.generations import Kept
 from supervisor_synapse.adapters.registry import Registry
@@ -117,8 +117,9 @@ def set_aside(deployment: Deployment, name: str, broken: str, failure: Failure) 
         if digest != broken:
             return f"{name}: has another block by now"
         rejection = Rejected(digest, standing.generation, failure, was_tried=False)
-        commits.reject(deployment, name, content.decode("utf-8", "replace"), failure)
-        commits.keep_standings(deployment, {name: trials.rejected(standing, rejection)})
+        beside = commits.reject(deployment, name, content.decode("utf-8", "replace"), failure)
+        standing = trials.rejected(standing, rejection, beside)
+        commits.keep_standings(deployment, {name: standing})
         found = registry.load(deployment.registry)
         untold = {**found.untold, name: standing.digest}  # it may have been taken for removed
         registry.save(deployment.registry, replace(found, untold=untold))
@@ -141,7 +142,7 @@ def set_broken_aside(deployment: Deployment) -> list[str]:
             continue
         failure = Failure(FailureClass.BAD_ARGUMENT, str(one), time.time())
         with contextlib.suppress(RollbackFailed, TransientError, OSError):
-            broken = commits.digest_of(one.path.read_bytes())
+            broken = conf_d.digest_there(one.path)
             said.append(set_aside(deployment, name, broken, failure))
     return said
 
@@ -243,7 +244,7 @@ def _good_in(deployment: Deployment, name: str, standing: Standing, to: int) -> 
 def _require_as_applied(deployment: Deployment, name: str, standing: Standing, kept: Kept) -> None:
     """What somebody is editing just now is not overwritten."""
     path = deployment.block(name)
-    there = blocks.digest_there(path)
+    there = conf_d.digest_there(path)
     if there not in ("", standing.digest, kept.digest):
         raise ConfigError(
             f"{name}: {path} was edited since it was applied: supervisorctl update takes it up"

@@ -73,6 +73,9 @@ def fails(one: Seen, state: ModelState) -> Failure | None:
     if len(others) >= SEVERAL:
         names = ", ".join(name for name, _ in others)
         return Failure(others[0][1], f"generation {trial.generation} broke {names}", 0.0)
+    if one.is_foreign and state.tried == trial.digest:
+        words = "its command runs no llama-server by way of synapse-run"
+        return Failure(FailureClass.BAD_ARGUMENT, words, 0.0)
     if state.phase not in _GAVE_WAY or failure is None or state.tried != trial.digest:
         return None
     if failure.failure_class is FailureClass.PORT_IN_USE and not trial.has_other_port:

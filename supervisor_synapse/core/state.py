@@ -47,6 +47,7 @@ class Seen:
     is_untold: bool = False  # supervisord may hold another block than the applied one
     is_outdated: bool = False  # it does
     is_unadopted: bool = False  # its block was edited, and that is not yet taken note of
+    is_foreign: bool = False  # what runs is no server that synapse-run started
 
     @property
     def is_fresh(self) -> bool:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from supervisor_synapse.core.model import Failure, FailureClass
 
 _MOST_GOOD = 20
-_MOST_REJECTED = 20
+_MOST_REJECTED = 40
 # Who applies a generation.
 DISCOVER = "discover"
 UPDATE = "update"  # a block that was edited by hand, and `supervisorctl update`
@@ -98,10 +98,14 @@ class Generation:
     command: str = ""  # the id of the command that asked for it
 
 
-def rejected(standing: Standing, rejection: Rejected) -> Standing:
-    """A block is not to be tried (again)."""
-    others = tuple(one for one in standing.rejected if one.digest != rejection.digest)
-    return replace(standing, rejected=(*others, rejection)[-_MOST_REJECTED:], refused=rejection)
+def rejected(standing: Standing, rejection: Rejected, beside: str = "") -> Standing:
+    """A block is not to be tried (again), nor is what was left `beside` of it (a digest)."""
+    new = (
+        (rejection, replace(rejection, digest=beside, was_tried=False)) if beside else (rejection,)
+    )
+    digests = {one.digest for one in new}
+    others = tuple(one for one in standing.rejected if one.digest not in digests)
+    return replace(standing, rejected=(*others, *new)[-_MOST_REJECTED:], refused=rejection)
 
 
 def proven(standing: Standing) -> Standing:

@@ -727,3 +727,49 @@ def test_a_port_given_to_two_models_removes_neither(at: Deployment) -> None:
     assert f"port {port} is given to two models" in done.err
     assert at.pids() == pids
     assert set(at.rows()) == set(NAMES)
+
+
+def test_the_rejected_file_copied_back_as_it_is_is_not_tried_again(
+    at: Deployment, flag: str
+) -> None:
+    """Also with the reason on top."""
+    former = Former(at, "beta")
+    edit(at, "beta", flag)
+    at.ctl("update")
+    former.serves_again()
+    log = at.log_of("beta").count(flag)
+    again = Former(at, "beta")
+    block(at, "beta").write_text(rejected(at, "beta").read_text())
+    at.ctl("update")
+    again.serves_again()
+    assert at.log_of("beta").count(flag) == log
+
+
+def test_a_command_that_is_no_server_goes_back(at: Deployment) -> None:
+    """It runs and will never be ready, and that is said."""
+    former = Former(at, "beta")
+    text = re.sub(r"^command=.*$", "command=/bin/sleep 1000", former.text, flags=re.MULTILINE)
+    block(at, "beta").write_text(text)
+    at.ctl("update")
+    row = former.serves_again(within=2 * BACK_SECONDS)
+    assert "no llama-server" in row["last_failure"]["message"]
+
+
+def test_an_edit_in_the_way_of_a_rollback_is_kept_and_said(at: Deployment, flag: str) -> None:
+    """Whoever is at work on the block is told what keeps the model from serving; `update` does."""
+    former = Former(at, "beta")
+    edit(at, "beta", "--temp 0.7")
+    at.ctl("update")
+    wait_until(lambda: "--temp" in arguments(at, "beta"), promised(BACK_SECONDS), "on trial")
+    newer = edit(at, "beta", "--temp 0.8")
+    at.servers()["beta"].kill()
+    wait_until(
+        lambda: "was edited since" in at.rows()["beta"]["reason"]
+        or at.rows()["beta"]["phase"] == "ready",
+        promised(BACK_SECONDS), "told",
+    )  # fmt: skip
+    assert block(at, "beta").read_text() == newer
+    at.ctl("update")
+    wait_until(lambda: "0.8" in arguments(at, "beta"), promised(BACK_SECONDS), "the newer edit")
+    at.wait_for_rows({"beta": "ready"}, promised(BACK_SECONDS))
+    assert {name for name, pid in at.pids().items() if pid != former.pids[name]} == {"beta"}

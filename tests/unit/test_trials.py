@@ -166,7 +166,7 @@ def test_no_more_is_remembered_than_is_of_use() -> None:
         standing = trials.proven(replace(standing, digest=f"g{number}"))
         standing = trials.rejected(standing, Rejected(f"r{number}", number, FAILURE))
     assert [one.digest for one in standing.good] == [f"g{number}" for number in range(30, 50)]
-    assert [one.digest for one in standing.rejected] == [f"r{number}" for number in range(30, 50)]
+    assert [one.digest for one in standing.rejected] == [f"r{number}" for number in range(10, 50)]
 
 
 def test_what_may_be_gone_back_to_is_in_use() -> None:

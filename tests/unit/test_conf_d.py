@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from supervisor_synapse import commit as commits
 from supervisor_synapse import revise, rollback
-from supervisor_synapse.adapters import blocks
+from supervisor_synapse.adapters import conf_d
 from supervisor_synapse.errors import ConfigError, SynapseError
-from tests.unit.applied import FAILURE, Applied, tiny
+from tests.unit.applied import FAILURE, Applied, on_disk, tiny
 
 SECONDS = 5
 
@@ -51,7 +51,7 @@ def at(tmp_path: Path) -> Applied:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    return {name: one.digest for name, one in blocks.scan(folder, {}).items()}
+    return {name: one.digest for name, one in conf_d.scan(folder, {}).items()}
 
 
 def sha(content: bytes) -> str:
@@ -123,26 +123,26 @@ def test_a_link_is_what_it_leads_to_and_one_to_nothing_is_not_there(tmp_path: Pa
 def test_a_file_is_read_again_only_when_it_has_changed(tmp_path: Path) -> None:
     path = tmp_path / "a.conf"
     path.write_text("one")
-    before = blocks.scan(tmp_path, {})
+    before = conf_d.scan(tmp_path, {})
     as_it_was = path.stat()
     with path.open("r+") as file:  # the same file, and the same time
         file.write("two")
     os.utime(path, ns=(as_it_was.st_atime_ns, as_it_was.st_mtime_ns))
-    assert blocks.scan(tmp_path, before)["a"] is before["a"]
+    assert conf_d.scan(tmp_path, before)["a"] is before["a"]
     os.utime(path, ns=(as_it_was.st_atime_ns, as_it_was.st_mtime_ns + 1))
-    assert blocks.scan(tmp_path, before)["a"].digest == sha(b"two")
+    assert conf_d.scan(tmp_path, before)["a"].digest == sha(b"two")
     path.unlink()
-    assert blocks.scan(tmp_path, before) == {}
+    assert conf_d.scan(tmp_path, before) == {}
 
 
 def test_a_folder_that_is_not_there_is_an_error_for_the_caller(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No such file"):
-        blocks.scan(tmp_path / "gone", {})
+        conf_d.scan(tmp_path / "gone", {})
 
 
 @given(st.text())
 def test_the_command_of_any_text_is_words_or_none(text: str) -> None:
-    assert all(isinstance(word, str) for word in blocks.command_words(text))
+    assert all(isinstance(word, str) for word in conf_d.command_words(text))
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_the_command_of_any_text_is_words_or_none(text: str) -> None:
     ],
 )
 def test_a_command_is_read_as_supervisord_reads_it(block: str, words: list[str]) -> None:
-    assert blocks.command_words(block) == words
+    assert conf_d.command_words(block) == words
 
 
 # --- changing ------------------------------------------------------------------------------------
@@ -202,7 +202,7 @@ def test_what_is_no_file_keeps_no_other_model_from_being_changed(
 def test_what_is_no_file_is_not_adopted(at: Applied, make: Callable[[Path], None]) -> None:
     before = at.standings()
     tidied(at, make)
-    revise.adopt(at.deployment, ["alpha"])
+    revise.adopt(at.deployment, on_disk(at.deployment, "alpha"))
     assert at.standings() == before
 
 
@@ -211,7 +211,7 @@ def test_what_is_no_file_is_not_set_aside(at: Applied, make: Callable[[Path], No
     """supervisord skips it, or ends: somebody has to be told, and nothing is removed."""
     tidied(at, make)
     with contextlib.suppress(SynapseError, OSError):
-        rollback.set_aside(at.deployment, "alpha", FAILURE)
+        rollback.set_aside(at.deployment, "alpha", "", FAILURE)
     path = at.deployment.block("alpha")
     assert path.is_file() or path.lstat()
 
@@ -221,7 +221,7 @@ def test_an_edit_with_the_line_ends_of_another_system_is_one_like_any_other(at: 
     path = at.deployment.block("beta")
     edited = path.read_bytes().replace(b"\n", b"\r\n")
     path.write_bytes(edited)
-    revise.adopt(at.deployment, ["beta"])
+    revise.adopt(at.deployment, on_disk(at.deployment, "beta"))
     assert at.standings()["beta"].digest == at.on_disk()["beta"] == sha(edited)
     rollback.roll_back(at.deployment, "beta", failure=FAILURE)
     assert b"\r" not in path.read_bytes()
@@ -232,7 +232,7 @@ def test_an_edit_that_is_no_text_is_not_adopted(at: Applied) -> None:
     before = at.standings()
     at.deployment.block("beta").write_bytes(b"[program:beta]\ncommand=x\n;\xff\n")
     with pytest.raises(ValueError, match="utf-8"):
-        revise.adopt(at.deployment, ["beta"])
+        revise.adopt(at.deployment, on_disk(at.deployment, "beta"))
     assert at.standings() == before
 
 
