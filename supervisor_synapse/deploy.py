@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from supervisor_synapse import commit as commits
-from supervisor_synapse import render
+from supervisor_synapse import links, render
 from supervisor_synapse.adapters import (
     config_files,
     generations,
@@ -101,7 +99,7 @@ def _write(
     written = [found.blocks[name] for name in (*changes.added, *changes.changed)]
     if changes:
         _parse_back(deployment, found, written)
-    _make_links(deployment, found.links)
+    links.make(deployment, found.links)
     was_up = _that_run(rpc)
     _refuse(deployment, found)
     forced = _keep_theirs(deployment, found, report)
@@ -120,7 +118,7 @@ def _write(
         )  # fmt: skip
     commits.commit(deployment, step, generation, tell=rpc is not None)
     _leave_beside(deployment, found, before, report)
-    _drop_old_links(deployment, found.links)
+    links.drop_unused(deployment, found.links)
     return was_up
 
 
@@ -301,36 +299,6 @@ def _blamed(deployment: Deployment, written: Iterable[render.Block]) -> str | No
                     "mend etc/templates/program.conf.j2"
                 )
     return None
-
-
-def _make_links(deployment: Deployment, links: Mapping[Path, str]) -> None:
-    """Point each link at its file, atomically; one that is right already is not touched."""
-    for link, target in links.items():
-        with contextlib.suppress(OSError):
-            if os.readlink(link) == target:
-                continue
-        link.parent.mkdir(mode=0o700, exist_ok=True)
-        temporary = link.with_name(f".{link.name}.{os.getpid()}")
-        temporary.unlink(missing_ok=True)
-        temporary.symlink_to(target)
-        os.replace(temporary, link)
-
-
-def _drop_old_links(deployment: Deployment, links: Mapping[Path, str]) -> None:
-    """Remove links that no block needs, nor one that may be gone back to; nothing but links is
-    ever removed there.
-    """
-    in_use = "\n".join(
-        path.read_text(errors="replace") for path in deployment.blocks.glob("*.conf")
-    )
-    for path in (*deployment.links.glob("*"), *deployment.links.glob("*/*")):
-        is_unused = path.is_symlink() and path not in links and str(path) not in in_use
-        if is_unused and not generations.mention(deployment, str(path)):
-            path.unlink(missing_ok=True)
-    for folder in deployment.links.iterdir():
-        if folder.is_dir() and not folder.is_symlink():
-            with contextlib.suppress(OSError):  # not empty: still needed
-                folder.rmdir()
 
 
 def _leave_beside(deployment: Deployment, found: Change, before: Registry, report: Report) -> None:

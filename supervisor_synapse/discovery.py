@@ -5,7 +5,6 @@ Only looks, and changes nothing but caches. So a dry run, a plan and an apply re
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import re
@@ -17,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from supervisor_synapse import commit as commits
-from supervisor_synapse import figures, render
+from supervisor_synapse import figures, links, render
 from supervisor_synapse.adapters import (
     config_files,
     demo_model,
@@ -42,7 +41,6 @@ from supervisor_synapse.adapters.registry import Entry, Registry
 from supervisor_synapse.adapters.supervisord import Supervisord
 from supervisor_synapse.core.admission import needs_of
 from supervisor_synapse.core.arguments import Served, parse_served
-from supervisor_synapse.core.candidates import repo_file
 from supervisor_synapse.core.catalog import Model, build_catalog, printable
 from supervisor_synapse.core.changes import Changes, Deployed, compare
 from supervisor_synapse.core.estimate import HOST
@@ -54,20 +52,14 @@ from supervisor_synapse.core.model import (
     Part,
     Problem,
     Program,
-    Variant,
 )
-from supervisor_synapse.core.placement import as_edited as as_configured
 from supervisor_synapse.core.plan import (
     Choice,
     Plan,
     World,
-    as_it_runs,
     make_plan,
     mib,
-    on_rung,
     unmatched_sections,
-    with_port,
-    with_rung,
 )
 from supervisor_synapse.core.settings import Reserve, Settings
 from supervisor_synapse.core.trials import Rejected, Standings
@@ -128,8 +120,8 @@ def discover(
     devices = _with_our_own(read, running)
     demo = (demo or earlier.demo) and any(one.repo == demo_model.REPO for one in catalog.models)
     models = catalog.models if demo else _without_demo(catalog.models)
-    on_disk = _blocks(deployment)
-    deployed = _deployed(on_disk, earlier)
+    on_disk = blocks_on_disk(deployment)
+    deployed = deployed_as(on_disk, earlier)
     forced = frozenset(forced)
     forgotten = _forgotten(deployment, catalog.models, earlier)
     ours = {program.port for program in running}
@@ -138,7 +130,7 @@ def discover(
     known = figures.read(deployment, engine, devices, models, earlier.programs)
     world = World(
         devices=devices, engine=engine, earlier=earlier.choices() | forgotten,
-        port_is_free=_port_check(settings.host, ours), intent=intent.load(deployment.intent),
+        port_is_free=port_check(settings.host, ours), intent=intent.load(deployment.intent),
         known=known.known, scratch=known.scratch,
         edited=_edited(on_disk, deployed, earlier, forced),
     )  # fmt: skip
@@ -147,7 +139,7 @@ def discover(
         free_bytes=min(device.free_bytes for device in read), is_serving=bool(running),
     )  # fmt: skip
     plan = _planned(models, settings, world, known, ask)
-    plan, links = _reachable(plan, deployment, earlier.paths())
+    plan, needed = links.reachable(plan, deployment, earlier.paths())
     looked = (*found.problems, *catalog.problems)
     sight = _Sight(found.unread, looked, frozenset(model.key for model in models))
     meant = _meant(
@@ -165,7 +157,7 @@ def discover(
     kept_devices = tuple(replace(device, free_bytes=0) for device in devices)
     return Discovery(
         plan=meant.plan, blocks=meant.blocks, changes=meant.changes,
-        links={**_links_kept(deployment, meant.plan, plan), **links},
+        links={**links.kept_as_they_are(deployment, meant.plan, plan), **needed},
         problems=tuple(problems), engine=engine, devices=devices,
         registry=replace(
             after, demo=demo, devices=kept_devices, successors=_successors(earlier, meant.plan)
@@ -210,7 +202,7 @@ def _meant(
     port_is_free: Callable[[int], bool],
 ) -> _Meant:
     """Compare what is planned with what is deployed; what is in doubt stays as it is."""
-    around = _surroundings(deployment, settings, engine.path)
+    around = surroundings(deployment, settings, engine.path)
     templates = render.Templates(deployment.templates)
     blocks, refused = _render(templates, plan.programs, around, earlier.digests())
     known = generations.standings(deployment)
@@ -297,7 +289,7 @@ def _held_bytes(part: Part) -> int:
     return part.total_bytes - (part.weights_bytes if part.device == HOST else 0)
 
 
-def _port_check(host: str, ours: set[int]) -> Callable[[int], bool]:
+def port_check(host: str, ours: set[int]) -> Callable[[int], bool]:
     """Whether a port can be had; those of our own running models can."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
 
@@ -322,81 +314,7 @@ def _without_demo(models: tuple[Model, ...]) -> tuple[Model, ...]:
     return real or models
 
 
-def _reachable(
-    plan: Plan, deployment: Deployment, earlier: Mapping[str, str]
-) -> tuple[Plan, dict[Path, str]]:
-    """The plan with paths that may stand in a block, and the links that this takes."""
-    links: dict[Path, str] = {}
-    found: dict[str, tuple[str, str | None]] = {}
-    for program in plan.programs:
-        own = program.ladder[0] if program.ladder else program
-        found[program.key] = (
-            _model_path(program.name, own, deployment.links, earlier.get(program.key), links),
-            _projector_path(program.name, own, deployment.links, links),
-        )
-    programs = tuple(_at(program, found) for program in plan.programs)
-    return replace(plan, programs=programs), links
-
-
-def _at(program: Program, paths: Mapping[str, tuple[str, str | None]]) -> Program:
-    """The program, on every rung, with files where `paths` says, by model key."""
-    model_path, projector = paths[program.key]
-    ladder = []
-    for variant in program.ladder:
-        its_path, its_projector = paths[variant.key]
-        ladder.append(replace(variant, model_path=its_path, projector_path=its_projector))
-    program = replace(
-        program, model_path=model_path, projector_path=projector, ladder=tuple(ladder)
-    )
-    return with_rung(program, program.rung) if program.rung else program
-
-
-def _projector_path(
-    name: str, served: Program | Variant, folder: Path, links: dict[Path, str]
-) -> str | None:
-    projector = served.projector_path
-    if projector is None or render.is_safe_path(projector):
-        return projector
-    link = folder / name / "mmproj.gguf"
-    links[link] = projector
-    return str(link)
-
-
-def _model_path(
-    name: str, served: Program | Variant, folder: Path, earlier: str | None, links: dict[Path, str]
-) -> str:
-    """The path to serve; the shards of a model must lie beside each other under their names."""
-    path, shards = served.model_path, served.shards
-    if earlier is not None and earlier != path and not shards:
-        # The same blob under a new revision is no reason to restart.
-        with contextlib.suppress(OSError):
-            if os.path.samefile(earlier, path):
-                if Path(earlier).is_relative_to(folder):
-                    links[Path(earlier)] = path
-                return earlier
-    if all(render.is_safe_path(one) for one in (path, *shards)):
-        return path
-    if not shards:
-        link = folder / f"{name}.gguf"
-        links[link] = path
-        return str(link)
-    names = [f"{name}-{i:05}-of-{len(shards):05}.gguf" for i in range(1, len(shards) + 1)]
-    for shard_name, shard in zip(names, shards, strict=True):
-        links[folder / name / shard_name] = shard
-    return str(folder / name / names[0])
-
-
-def _links_kept(deployment: Deployment, meant: Plan, found: Plan) -> dict[Path, str]:
-    """The links of programs that stay as they were, since their files could not be looked at."""
-    names = {one.name for one in meant.programs if one.key not in found.choices}
-    return {
-        path: target
-        for path, target in (_links(deployment).items() if names else ())
-        if path.stem in names or path.parent.name in names
-    }
-
-
-def _surroundings(deployment: Deployment, settings: Settings, engine: str) -> render.Surroundings:
+def surroundings(deployment: Deployment, settings: Settings, engine: str) -> render.Surroundings:
     around = render.Surroundings(
         launcher=deployments.launcher_command(), engine=engine, stop=settings.stop,
         directory=str(deployment.prefix), log_folder=str(deployment.log),
@@ -530,7 +448,7 @@ def _out_of_sight(
     sight: _Sight,
     deployed: Mapping[str, Deployed],
     earlier: Registry,
-    links: Path,
+    folder: Path,
 ) -> tuple[Program, ...]:
     """Programs whose file could not be looked at: an unmounted disk removes nothing.
 
@@ -540,7 +458,7 @@ def _out_of_sight(
     roots = {Path(way(root)) for root in sight.unread for way in (str, os.path.realpath)}
 
     def is_unseen(program: Program) -> bool:
-        path = _real_model_path(program, links)
+        path = links.real_model_path(program, folder)
         told = any(program.file in problem.subject for problem in sight.problems)
         is_damaged = told and os.path.lexists(path)
         return is_damaged or not roots.isdisjoint(path.parents)
@@ -571,15 +489,6 @@ def _unseen(program: Program) -> Problem:
     )
 
 
-def _real_model_path(program: Program, links: Path) -> Path:
-    """Where the file is meant to lie, though it may not be there now."""
-    path = Path(program.model_path)
-    if path.is_relative_to(links):
-        with contextlib.suppress(OSError):
-            return Path(os.readlink(path))
-    return path
-
-
 def _with_kept(plan: Plan, kept: tuple[Program, ...], earlier: Registry) -> Plan:
     """The plan with programs that stay as they were, in their place by priority."""
     programs = sorted((*plan.programs, *kept), key=lambda program: program.priority)
@@ -597,7 +506,7 @@ def _with_edits_told(
         if program.name in edited:
             text = deployment.block(program.name).read_text("utf-8", "replace")
             reason = f"edited by hand, see its block; {program.reason}"
-            program = replace(_answering(program, text), reason=reason)
+            program = replace(answering(program, text), reason=reason)
         programs.append(program)
     return replace(plan, programs=tuple(programs))
 
@@ -606,12 +515,12 @@ def _digests(blocks: Mapping[str, render.Block]) -> dict[str, str]:
     return {name: digest(block.text) for name, block in blocks.items()}
 
 
-def _blocks(deployment: Deployment) -> dict[str, bytes]:
+def blocks_on_disk(deployment: Deployment) -> dict[str, bytes]:
     """The blocks on disk, by the name of their file."""
     return {path.stem: _block_bytes(path) for path in sorted(deployment.blocks.glob("*.conf"))}
 
 
-def _deployed(blocks: Mapping[str, bytes], earlier: Registry) -> dict[str, Deployed]:
+def deployed_as(blocks: Mapping[str, bytes], earlier: Registry) -> dict[str, Deployed]:
     written = earlier.digests()
     return {
         name: Deployed(hashlib.sha256(text).hexdigest(), written.get(name, ()))
@@ -631,13 +540,13 @@ def _edited(
         block = deployed.get(entry.name)
         if block is None or block.is_ours or not block.written or entry.name in forced:
             continue
-        arguments = _arguments_in(blocks[entry.name].decode("utf-8", "replace"))
+        arguments = arguments_in(blocks[entry.name].decode("utf-8", "replace"))
         if arguments is not None:
             found[key] = arguments
     return found
 
 
-def _arguments_in(block: str) -> tuple[str, ...] | None:
+def arguments_in(block: str) -> tuple[str, ...] | None:
     """What the command of a block tells llama-server, beside the files; None: it runs no such."""
     words = command_words(block)
     if "--" not in words:
@@ -781,59 +690,13 @@ def _switched(earlier: Registry, plan: Plan, *, on: bool) -> tuple[str, ...]:
     )
 
 
-def as_edited(
-    deployment: Deployment, earlier: Registry, texts: Mapping[str, str]
-) -> dict[str, Program]:
-    """Programs by key as blocks that were edited by hand (`texts`, by name) say.
-
-    What they take is estimated where their models can be found; else it stays as it was.
-    """
-    arguments = {
-        program.key: said
-        for program in earlier.programs
-        if program.name in texts and (said := _arguments_in(texts[program.name])) is not None
-    }
-    try:
-        world, models = _as_applied(deployment, earlier)
-    except ConfigError:
-        return {}
-    found = {}
-    for program in earlier.programs:
-        model, said = models.get(program.key), arguments.get(program.key)
-        if model is not None and said is not None:
-            edited = as_it_runs(program, as_configured(model, said, world))
-            edited = _answering(edited, texts[program.name])
-            reason = "edited by hand, see its block"
-            found[program.name] = replace(edited, rung=0, reason=reason)
-    return found
-
-
-def _answering(program: Program, text: str) -> Program:
+def answering(program: Program, text: str) -> Program:
     """The program where its block has it answer."""
     planned = Served(
         program.host, program.port, program.alias, program.context, program.parallel, None, 0
     )
     served = parse_served(command_words(text), planned) or planned
     return replace(program, host=served.host, port=served.port, alias=served.alias)
-
-
-def _as_applied(deployment: Deployment, earlier: Registry) -> tuple[World, dict[str, Model]]:
-    """What the applied plan was made from, as far as estimates need it; and the models by key.
-
-    Raises:
-        ConfigError: there is no engine.
-    """
-    settings = earlier.settings
-    engine = engines.find(settings.engine)
-    found = hfcache.scan(settings.cache_dirs, settings.model_dirs, HeaderCache(deployment.headers))
-    models = build_catalog(found.files, earlier.names()).models
-    devices = earlier.devices or (cpu.read(),)
-    known = figures.read(deployment, engine, devices, models, earlier.programs)
-    world = World(
-        devices=devices, engine=engine, earlier={}, port_is_free=lambda port: True,
-        known=known.known, scratch=known.scratch,
-    )  # fmt: skip
-    return world, {model.key: model for model in models}
 
 
 def _successors(earlier: Registry, plan: Plan) -> dict[str, str]:
@@ -863,91 +726,3 @@ def _is_same_model(one: Program, other: Program) -> bool:
         one.repo is not None
         and (one.repo, one.role, one.parameters) == (other.repo, other.role, other.parameters)
     )  # fmt: skip
-
-
-def with_another_port(deployment: Deployment, name: str) -> Change:
-    """What was applied, but for one program another free port.
-
-    Raises:
-        ConfigError: its port is not ours to choose, or there is none left.
-    """
-    earlier = registry.load(deployment.registry)
-    program = _program_called(name, earlier)
-    if earlier.settings.for_model(name, repo_file(program)).port is not None:
-        raise ConfigError(f"{name}: port {program.port} is set in synapse.conf, and is taken")
-    moved = with_port(program, _free_port(earlier))
-    choice = replace(earlier.entries[program.key].choice, port=moved.port)
-    return _with_one_changed(deployment, earlier, moved, choice, "choose another port there")
-
-
-def with_another_rung(deployment: Deployment, name: str, rung: int) -> Change:
-    """What was applied, but for one program another rung of its ladder.
-
-    Raises:
-        ConfigError: there is no such rung, or its block was edited by hand.
-    """
-    earlier = registry.load(deployment.registry)
-    program = _program_called(name, earlier)
-    if not 0 <= rung < len(program.ladder):
-        raise ConfigError(f"{name}: its ladder has {len(program.ladder)} rungs, and no {rung}")
-    stepped = with_rung(program, rung)
-    choice = on_rung(earlier.entries[program.key].choice, stepped)
-    return _with_one_changed(deployment, earlier, stepped, choice, "give it less to hold there")
-
-
-def _program_called(name: str, earlier: Registry) -> Program:
-    program = next((program for program in earlier.programs if program.name == name), None)
-    if program is None:
-        raise ConfigError(f"{name}: there is no such model")
-    return program
-
-
-def _with_one_changed(
-    deployment: Deployment, earlier: Registry, program: Program, choice: Choice, advice: str
-) -> Change:
-    """What was applied, but for one program.
-
-    Raises:
-        ConfigError: its block is not ours to change; `advice` tells what to do about that.
-    """
-    name, settings = program.name, earlier.settings
-    around = _surroundings(deployment, settings, engines.locate(settings.engine))
-    block = render.render_program(render.Templates(deployment.templates), program, around)
-    deployed = _deployed(_blocks(deployment), earlier)
-    changes = compare({name: digest(block.text)}, _only(name, deployed))
-    if not (changes.changed or changes.unchanged):
-        raise ConfigError(f"{name}: its block was edited by hand: {advice}")
-    programs = tuple(program if one.name == name else one for one in earlier.programs)
-    entry = earlier.entries[program.key]
-    entry = replace(
-        entry, choice=choice, digests=registry.with_digest(entry.digests, digest(block.text))
-    )
-    entries = {**earlier.entries, program.key: entry}
-    after = replace(earlier, entries=entries, programs=programs)
-    links = _links(deployment)
-    return Change(
-        blocks={name: block}, links=links, changes=changes, registry=after, earlier=earlier
-    )
-
-
-def _links(deployment: Deployment) -> dict[Path, str]:
-    """The links as they are: other rungs of a ladder than the deployed one need theirs, too."""
-    found = (*deployment.links.glob("*"), *deployment.links.glob("*/*"))
-    return {path: os.readlink(path) for path in found if path.is_symlink()}
-
-
-def _only(name: str, deployed: Mapping[str, Deployed]) -> dict[str, Deployed]:
-    return {key: value for key, value in deployed.items() if key == name}
-
-
-def _free_port(earlier: Registry) -> int:
-    """The first port of the range that no model of ours has and no stranger listens on."""
-    settings = earlier.settings
-    taken = {choice.port for choice in earlier.choices().values()}
-    is_free = _port_check(settings.host, set())
-    for port in range(settings.first_port, settings.last_port + 1):
-        if port not in taken and is_free(port):
-            return port
-    raise ConfigError(
-        f"no port is left in {settings.first_port}-{settings.last_port}: widen port_range"
-    )
