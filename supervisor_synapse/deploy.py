@@ -104,11 +104,12 @@ def _write(
     _refuse(deployment, found)
     forced = _keep_theirs(deployment, found, report)
     texts = {name: block.text for name, block in found.blocks.items()}
+    missed, left = _arrears(rpc, found)
     step = commits.Step(
-        registry=found.registry, removed=changes.removed,
+        registry=found.registry, removed=(*changes.removed, *left),
         written=commits.kept_of(found.registry, texts, (*changes.added, *changes.changed)),
         standing=commits.kept_of(found.registry, texts, changes.unchanged),
-        renewed=tuple(found.switched_on) if rpc is not None else (), forced=forced,
+        renewed=(*found.switched_on, *missed) if rpc is not None else (), forced=forced,
     )  # fmt: skip
     generation = None
     if changes:
@@ -149,6 +150,20 @@ def _why(found: Change) -> str:
     if changes.changed and not reasons:
         reasons.append("what blocks are made of changed: a template, the engine, a file")
     return ", ".join(reasons)
+
+
+def _arrears(rpc: Supervisord | None, found: Change) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Programs that did not change, and of which supervisord does not hold what it should; and
+    those that it still holds though they were removed.
+    """
+    try:
+        seen = rpc.reread() if rpc is not None else supervisord.NOTHING_NEW
+    except supervisord.Refused:
+        return (), ()  # a file of somebody else is broken: the listener says so
+    gone = {entry.name for entry in found.registry.entries.values() if not entry.present}
+    gone -= {*found.changes.kept, *found.changes.removed}
+    missed = (seen.added | seen.changed) & {*found.changes.unchanged}
+    return tuple(sorted(missed)), tuple(sorted(seen.removed & gone))
 
 
 def _that_run(rpc: Supervisord | None) -> frozenset[str]:

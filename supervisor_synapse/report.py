@@ -255,10 +255,7 @@ def block_diff(name: str, before: str | None, after: str | None) -> str:
         return ""
     sign = "+" if before is None else "-" if after is None else "~"
     lines = [(sign, f"{sign} {name}")]
-    if before is None or after is None:
-        command = _options(before or after or "").get((f"program:{name}", "command"))
-        lines += [(sign, f"{_INDENT}{_on_one_line(command)}")] if command else []
-    else:
+    if before is not None and after is not None:
         changed = list(_changed_options(name, _options(before), _options(after)))
         lines += changed or [("~", f"{_INDENT}comments or layout only")]
     return "\n".join(_coloured(_shown(line), _DIFF_STYLES[sign]) for sign, line in lines)
