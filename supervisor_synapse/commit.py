@@ -54,11 +54,6 @@ def locked(deployment: Deployment) -> Iterator[None]:
         yield
 
 
-def next_generation(deployment: Deployment, found: Registry) -> int:
-    """A number that no generation had, also where the registry was lost."""
-    return max(found.generation, generations.newest(deployment)) + 1
-
-
 def commit(
     deployment: Deployment, step: Step, generation: Generation | None, *, tell: bool
 ) -> Generation | None:

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from supervisor_synapse import commit as commits
 from supervisor_synapse import figures, links, render
 from supervisor_synapse.adapters import (
     config_files,
@@ -150,10 +149,7 @@ def discover(
         *_lost_registry(deployment), *_missing_cache(settings, models), *looked, *plan.problems,
         *meant.problems, *unmatched_sections(settings, (*catalog.models, *meant.plan.programs)),
     ]  # fmt: skip
-    after = _registered(
-        earlier, meant.plan, meant.blocks, meant.changes, settings,
-        commits.next_generation(deployment, earlier),
-    )  # fmt: skip
+    after = _registered(earlier, meant.plan, meant.blocks, meant.changes, settings)
     kept_devices = tuple(replace(device, free_bytes=0) for device in devices)
     return Discovery(
         plan=meant.plan, blocks=meant.blocks, changes=meant.changes,
@@ -661,7 +657,6 @@ def _registered(
     blocks: Mapping[str, render.Block],
     changes: Changes,
     settings: Settings,
-    next_generation: int,
 ) -> Registry:
     """The registry after this discovery; models that were not found keep their place in it."""
     entries = {key: replace(entry, present=False) for key, entry in earlier.entries.items()}
@@ -676,7 +671,7 @@ def _registered(
             digests=digests, present=True,
         )  # fmt: skip
     programs = plan.programs if plan.programs else earlier.programs
-    generation = next_generation if changes else earlier.generation
+    generation = earlier.generation + (1 if changes else 0)
     return Registry(entries, programs, settings, generation, untold=earlier.untold)
 
 

@@ -102,7 +102,7 @@ def adopt(deployment: Deployment, seen: Mapping[str, str]) -> None:
         edited = _as_edited(deployment, earlier, {name: texts[name] for name in changed})
         after = rollback.with_programs(earlier, edited)
         is_ours = {name: digests[name] in earlier.digests().get(name, ()) for name in changed}
-        after = replace(after, generation=commits.next_generation(deployment, earlier))
+        after = replace(after, generation=earlier.generation + 1)
         written = tuple(_kept(after, name, texts[name], is_ours=is_ours[name]) for name in changed)
         generation = Generation(
             after.generation, time.time(), trials.UPDATE, _why_adopted(is_ours), {},

@@ -182,7 +182,7 @@ def roll_back(
             return _said(name, done_before)
         kept = _to_go_back_to(deployment, name, standing, to)
         _require_as_applied(deployment, name, standing, kept)
-        number = commits.next_generation(deployment, earlier)
+        number = earlier.generation + 1
         after = _gone_back(earlier, current, kept, number)
         why, failures = "by command", {}
         if failure is not None:

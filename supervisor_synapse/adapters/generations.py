@@ -117,11 +117,6 @@ def every(deployment: Deployment) -> tuple[Generation, ...]:
     return tuple(one for one in found if one is not None)
 
 
-def newest(deployment: Deployment) -> int:
-    """The number of the newest generation that is kept; 0 where there is none."""
-    return max(numbers(deployment), default=0)
-
-
 def mention(deployment: Deployment, word: str) -> bool:
     """Whether a block that is kept names `word` (ASCII), so that it is needed to go back."""
     needle = word.encode("ascii")
