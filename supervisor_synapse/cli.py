@@ -206,10 +206,13 @@ def _rollback(deployment: Deployment, arguments: argparse.Namespace) -> int:
 
 def _generations(deployment: Deployment, arguments: argparse.Namespace) -> int:
     from supervisor_synapse import report
-    from supervisor_synapse.adapters import generations
+    from supervisor_synapse.adapters import generations, registry
 
     deployments.require_laid_down(deployment)
-    found, standings = generations.every(deployment), generations.standings(deployment)
+    newest = registry.load(deployment.registry).generation
+    # One beyond that was written down, and never came about.
+    found = tuple(one for one in generations.every(deployment) if one.number <= newest)
+    standings = generations.standings(deployment)
     name = arguments.model
     if name is not None:
         found = tuple(one for one in found if name in (*one.added, *one.changed, *one.removed))

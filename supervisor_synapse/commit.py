@@ -64,7 +64,8 @@ def commit(
     `tell`: there is no supervisord; it will read the files.
 
     Raises:
-        OSError: nothing has happened, or `complete` will do the rest.
+        OSError: nothing has happened; where not even that could be written, `complete` does the
+            rest when there is room.
     """
     known = generations.standings(deployment)
     generations.keep(deployment, (*step.written, *step.standing))
@@ -82,9 +83,16 @@ def commit(
     untold |= dict.fromkeys(step.removed, "")
     entries = _with_forced(step)
     after = replace(step.registry, entries=entries, untold=untold)
-    if not registry.is_same(registry.load(deployment.registry), after):
+    before = registry.load(deployment.registry)
+    if not registry.is_same(before, after):
         registry.save(deployment.registry, after)
-    _carry_out(deployment, after, generation)
+    there = {name: _content(deployment, name) for name in untold}
+    try:
+        _carry_out(deployment, after, generation)
+    except OSError:
+        with contextlib.suppress(OSError):  # else it is carried out when there is room
+            _undo(deployment, there, known, before)
+        raise
     _know_the_rest(deployment, step)
     # All blocks stand: from now on only the newest text is ours, and a hand edit back to an older
     # one is an edit like any other.
@@ -94,6 +102,39 @@ def commit(
     if generation is not None:
         generations.prune(deployment, generations.standings(deployment))
     return generation
+
+
+def _content(deployment: Deployment, name: str) -> str | None:
+    """The text of a block; None where there is none, or it is not ours to write again."""
+    path = deployment.block(name)
+    if not path.is_file():
+        return None
+    try:
+        return path.read_bytes().decode("utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def _undo(
+    deployment: Deployment,
+    there: Mapping[str, str | None],
+    known: trials.Standings,
+    before: Registry,
+) -> None:
+    """Somebody was told that it failed: it must not come about later, when he is not looking.
+
+    The registry comes last: as long as it names the change, whoever comes next carries that out.
+    """
+    for name, text in there.items():
+        now = _content(deployment, name)
+        if text is None and now is not None:
+            deployment.block(name).unlink()
+        elif text is not None and now != text:
+            store.write_text(deployment.block(name), text)
+    if generations.standings(deployment) != known:
+        generations.save_standings(deployment, known)
+    if registry.load(deployment.registry) != before:
+        registry.save(deployment.registry, before)
 
 
 def _number(deployment: Deployment, meant: int, known: trials.Standings) -> int:

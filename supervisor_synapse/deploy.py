@@ -101,10 +101,10 @@ def _write(
         _parse_back(deployment, found, written)
     links.make(deployment, found.links)
     was_up = _that_run(rpc)
+    missed, left = _arrears(deployment.main_config, rpc, found)
     _refuse(deployment, found)
     forced = _keep_theirs(deployment, found, report)
     texts = {name: block.text for name, block in found.blocks.items()}
-    missed, left = _arrears(rpc, found)
     step = commits.Step(
         registry=found.registry, removed=(*changes.removed, *left),
         written=commits.kept_of(found.registry, texts, (*changes.added, *changes.changed)),
@@ -152,14 +152,22 @@ def _why(found: Change) -> str:
     return ", ".join(reasons)
 
 
-def _arrears(rpc: Supervisord | None, found: Change) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _arrears(
+    main_config: Path, rpc: Supervisord | None, found: Change
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Programs that did not change, and of which supervisord does not hold what it should; and
     those that it still holds though they were removed.
+
+    Raises:
+        ConfigError: supervisord cannot read its files; names each that is broken.
     """
+    if rpc is None:
+        return (), ()
     try:
-        seen = rpc.reread() if rpc is not None else supervisord.NOTHING_NEW
-    except supervisord.Refused:
-        return (), ()  # a file of somebody else is broken: the listener says so
+        seen = rpc.reread()
+    except supervisord.Refused as refused:
+        broken = config_files.broken_files(main_config)
+        raise ConfigError([str(one) for one in broken] or [str(refused)]) from None
     gone = {entry.name for entry in found.registry.entries.values() if not entry.present}
     gone -= {*found.changes.kept, *found.changes.removed}
     missed = (seen.added | seen.changed) & {*found.changes.unchanged}

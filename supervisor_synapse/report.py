@@ -1,4 +1,4 @@
-"""Values → what a person reads: aligned tables, in colour on a terminal only."""
+"""Values -> what a person reads: aligned tables, in colour on a terminal only."""
 
 from __future__ import annotations
 
@@ -262,7 +262,7 @@ def block_diff(name: str, before: str | None, after: str | None) -> str:
 
 
 def _options(text: str) -> dict[tuple[str, str], str]:
-    """(Section, key) → value; of a key that stands twice the last one counts."""
+    """(Section, key) -> value; of a key that stands twice the last one counts."""
     found = config_files.options_of(text)
     return {(option.section, option.name): option.value for option in found}
 
@@ -282,7 +282,7 @@ def _changed_options(
         elif new is None:
             yield "-", f"{_INDENT}- {where}{_setting(key, old)}".rstrip()
         else:
-            yield "~", f"{_INDENT}{where}{key}: {_on_one_line(old)} → {_on_one_line(new)}"
+            yield "~", f"{_INDENT}{where}{key}: {_on_one_line(old)} -> {_on_one_line(new)}"
 
 
 def _setting(key: str, value: str | None) -> str:
@@ -304,7 +304,7 @@ def _changed_words(where: str, before: str, after: str) -> Iterator[tuple[str, s
         _, name = flag
         if len(gone) == len(come) == 1:
             old_value, new_value = gone[0] or "no value", come[0] or "no value"
-            yield "~", _INDENT + where + " ".join(filter(None, (name, old_value, "→", new_value)))
+            yield "~", _INDENT + where + " ".join(filter(None, (name, old_value, "->", new_value)))
             continue
         for sign, values in (("-", gone), ("+", come)):
             for value in values:

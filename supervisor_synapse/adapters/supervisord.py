@@ -84,9 +84,6 @@ class Reread:
     removed: frozenset[str]
 
 
-NOTHING_NEW = Reread(frozenset(), frozenset(), frozenset())
-
-
 @dataclass(frozen=True, slots=True)
 class Request:
     """A command that somebody gave through XML-RPC, and that waits for the listener."""

@@ -326,7 +326,7 @@ def diff(*replaced: tuple[str, str], before: str = BLOCK) -> list[str]:
 
 def test_of_a_changed_command_only_the_words_that_differ_are_shown() -> None:
     assert diff(("4096 --no-mmap", "8192 --flash-attn on")) == [
-        "    --ctx-size 4096 → 8192",
+        "    --ctx-size 4096 -> 8192",
         "    - --no-mmap",
         "    + --flash-attn on",
     ]
@@ -338,9 +338,9 @@ def test_the_launchers_words_and_the_programs_are_shown_too() -> None:
         ("/opt/llama", "/opt/new build/llama"),
     )  # fmt: skip
     assert changed == [
-        "    /opt/bin/synapse-run → /usr/bin/synapse-run",
-        "    --drain-seconds 30 → 60",
-        "    /opt/llama-server → /opt/new build/llama-server",
+        "    /opt/bin/synapse-run -> /usr/bin/synapse-run",
+        "    --drain-seconds 30 -> 60",
+        "    /opt/llama-server -> /opt/new build/llama-server",
     ]
 
 
@@ -350,7 +350,7 @@ def test_a_flag_of_the_launcher_is_not_taken_for_the_engines() -> None:
 
 def test_a_flag_that_stands_there_several_times_is_compared_one_by_one() -> None:
     before = BLOCK.replace("--no-mmap", "--lora a --lora b --lora b")
-    assert diff(("--lora a", "--lora c"), before=before) == ["    --lora a → c"]
+    assert diff(("--lora a", "--lora c"), before=before) == ["    --lora a -> c"]
     assert diff(("--lora b --lora b", "--lora b"), before=before) == ["    - --lora b"]
     assert diff(("--lora a --lora b", "--lora b --lora a"), before=before) == [
         "    command: the same words, in another order or layout"
@@ -365,7 +365,7 @@ def test_a_value_that_begins_with_a_dash_and_a_percent_are_shown_as_meant() -> N
 
 def test_other_keys_are_shown_with_both_values() -> None:
     assert diff(("priority=10", "priority=20\nuser=me"), ('environment=A="1"\n', "")) == [
-        "    priority: 10 → 20",
+        "    priority: 10 -> 20",
         '    - environment: A="1"',
         "    + user: me",
     ]
