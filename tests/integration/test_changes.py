@@ -402,7 +402,7 @@ def test_a_deleted_file_under_a_running_server_costs_nothing_until_it_is_needed(
     moved = path.with_name("away")
     os.replace(path, moved)
     at.configure(f"{SETTINGS}\n[model:alpha]\ncontext = 256")
-    block(at, "beta").write_text(with_argument(former.text, "--temp 0.5"))
+    block(at, "beta").write_text(with_argument(former.text, "--top-k 33"))
     at.ctl("update")
     row = at.wait_for_rows({"beta": "failed"}, promised(BACK_SECONDS))["beta"]
     assert row["last_failure"]["class"] == "model-missing"
