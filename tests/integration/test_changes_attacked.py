@@ -7,6 +7,7 @@ from __future__ import annotations
 import re
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -143,19 +144,30 @@ def _generations(at: Deployment) -> list[object]:
     return found
 
 
-def test_a_change_whose_writer_was_killed_before_the_blocks_is_carried_out(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_change_whose_writer_was_killed_before_the_blocks_is_carried_out() -> None:
     """The listener looks meanwhile: that supervisord holds what is on disk is not yet the end."""
     with proved("beta") as at:
-        for name, value in at.environment().items():
-            monkeypatch.setenv(name, value)
         at.configure(f"{SETTINGS}\n[model:beta]\ncontext = 256")
-        of = deployments.Deployment(at.prefix)
-        with commits.locked(of):
-            _write_ahead(of)
-            time.sleep(2.5)  # the listener has seen it
+        # In a process of its own: where models are is read once, from the environment.
+        at.run(sys.executable, "-c", _WRITER, str(_ROOT), str(at.prefix))
         wait_until(lambda: _serves_with(at, 256), promised(BACK_SECONDS), f"{at.rows()}")
+
+
+_ROOT = Path(__file__).parents[2]
+_WRITER = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from tests.integration.test_changes_attacked import write_ahead
+write_ahead(sys.argv[2])
+"""
+
+
+def write_ahead(prefix: str) -> None:
+    """Hold the lock for so long that the listener has looked at what was written."""
+    of = deployments.choose(prefix)
+    with commits.locked(of):
+        _write_ahead(of)
+        time.sleep(2.5)
 
 
 def _write_ahead(of: deployments.Deployment) -> None:
