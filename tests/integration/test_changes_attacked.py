@@ -5,6 +5,7 @@ was not proved is ever gone back to.
 from __future__ import annotations
 
 import re
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
