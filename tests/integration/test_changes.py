@@ -588,7 +588,7 @@ def test_whoever_is_killed_in_the_middle_of_a_change_is_carried_on_with(own: Dep
     whole, once, and all state can be read.
     """
     at = own
-    rounds = int(os.environ.get("SYNAPSE_KILLS", "12"))
+    rounds = int(os.environ.get("SYNAPSE_KILLS", "8"))
     chance = random.Random(7)
     for turn in range(rounds):
         kind = chance.choice(("discover", "listener", "edit", "rollback"))
