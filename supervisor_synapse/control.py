@@ -227,6 +227,8 @@ class Listener:
 
     async def _observe(self) -> list[Seen]:
         found = {process.name: process for process in await self._call(self._rpc.process_table)}
+        # First, since an edit changes what a model needs, and so whether it may start.
+        await self._look_at_blocks(found)
         programs = self._world.registry.programs
         wanted = {program.name: self._commands.wanted(program) for program in programs}
         wanted |= self._standing_in(wanted)
@@ -234,7 +236,6 @@ class Listener:
         devices = self._world.registry.devices
         seen = await self._observer.look(programs, found, wanted, self._states, policy, devices)
         await self._look_at_memory(programs)
-        await self._look_at_blocks(found)
         by_name = {program.name: program for program in programs}
         return [self._whole(one, by_name[one.name]) for one in seen]
 
