@@ -30,7 +30,9 @@ from supervisor_synapse.errors import SynapseError, TransientError
 
 _AGAIN_SECONDS = 3.0  # what could not be done is tried again
 _STILL_SECONDS = 1.5  # a file that was not written to for so long is no longer being saved
+_SELDOM_SECONDS = 30.0  # what changes only when somebody does something is looked at less often
 _REPEAT_SECONDS = 60.0
+_MOST_TRIES = 256  # that are remembered
 
 _log = logging.getLogger("synapse")
 
@@ -63,6 +65,7 @@ class Blocks:
         self._reread: tuple[float, object, Reread | None] = (0.0, None, None)
         self._unadopted: frozenset[str] = frozenset()
         self._broken = ""
+        self._is_others = False  # what was found broken last is nobody's of us
         self._tried_at: dict[str, float] = {}
 
     def look(self, found: Registry, table: Mapping[str, Process]) -> Sight:
@@ -133,7 +136,9 @@ class Blocks:
         tries = [
             (name, self._on_disk[name].stamp, table[name].start, table[name].stop) for name in news
         ]
-        if not news or not self._may_try(f"adopt {tries}"):
+        # Where all of them run, nothing comes of it before supervisord replaces one.
+        wait = _SELDOM_SECONDS if len(running) == len(news) else _AGAIN_SECONDS
+        if not news or not self._may_try(f"adopt {tries}", wait):
             return (self._unadopted & set(news)) | running
         taken = {name: self._on_disk[name].digest for name in self._taken_up(news, table)}
         adopted: frozenset[str] = frozenset()
@@ -202,16 +207,19 @@ class Blocks:
         since, seen = self._still_since
         if self._on_disk != seen:
             self._still_since = (now, dict(self._on_disk))
+            self._is_others = False
             return
         if self._on_disk == self._checked or now - since < _STILL_SECONDS:
             return
-        if not self._may_try("check"):
+        # Others' files are mended by others, perhaps outside of conf.d.
+        if not self._may_try("check", _SELDOM_SECONDS if self._is_others else _AGAIN_SECONDS):
             return
         ours = {self._deployment.block(program.name): program.name for program in found.programs}
         self._broken = ""
         broken = config_files.broken_files(self._deployment.main_config)
         named = {one.path for one in broken}
         broken += tuple(one for one in self._without_programs(ours) if one.path not in named)
+        self._is_others = all(ours.get(one.path) not in self._standings for one in broken)
         for one in broken:
             name = ours.get(one.path)
             if name is None or name not in self._standings:
@@ -286,12 +294,19 @@ class Blocks:
 
     # --- trying and telling -----------------------------------------------------------------------
 
-    def _may_try(self, what: str) -> bool:
+    def _may_try(self, what: str, wait_seconds: float = _AGAIN_SECONDS) -> bool:
         now = time.monotonic()
-        if now - self._tried_at.get(what, -_AGAIN_SECONDS) < _AGAIN_SECONDS:
+        at = self._tried_at.get(what)
+        if at is not None and now - at < wait_seconds:
             return False
-        self._tried_at[what] = now
+        self._note_try(what, now)
         return True
+
+    def _note_try(self, what: str, now: float) -> None:
+        self._tried_at.pop(what, None)
+        self._tried_at[what] = now
+        if len(self._tried_at) > _MOST_TRIES:
+            del self._tried_at[next(iter(self._tried_at))]  # the oldest
 
     def _do(self, what: str, change: Callable[[], object]) -> bool:
         """Whether it was done; why not is told."""
@@ -306,6 +321,7 @@ class Blocks:
     def _complain(self, what: str, about: str, reason: str) -> None:
         """Once a minute about the same."""
         key, now = f"{what}: {about}: {reason}", time.monotonic()
-        if now - self._tried_at.get(key, -_REPEAT_SECONDS) >= _REPEAT_SECONDS:
-            self._tried_at[key] = now
+        at = self._tried_at.get(key)
+        if at is None or now - at >= _REPEAT_SECONDS:
+            self._note_try(key, now)
             _log.warning(what, extra={"about": about, "reason": reason})

@@ -37,7 +37,8 @@ def test_a_model_stopped_by_hand_stays_stopped_when_its_edited_block_is_updated(
     with proved("beta") as at:
         at.ctl("stop", "beta")
         at.wait_for_rows({"beta": "stopped"})
-        time.sleep(3.5)  # long enough to be told from the stop of an `update`
+        # So long that it can be told from the stop of an `update`.
+        assert holds_for(lambda: at.rows()["beta"]["phase"] == "stopped", 3.5)
         edit(at, "beta", "--temp 0.5")
         at.ctl("update")
         assert holds_for(lambda: at.rows().get("beta", {}).get("phase") in (None, "stopped"), 4)
@@ -75,7 +76,8 @@ def test_a_block_that_supervisord_does_not_hold_is_not_proved_by_what_it_does() 
         )
         assert bad != former
         block(at, "beta").write_text(bad)
-        time.sleep(4)  # the listener has looked, and has tried again
+        # The listener has looked, and has tried again.
+        assert holds_for(lambda: block(at, "beta").read_text() == bad, 4)
         at.ctl("start", "beta")
         at.wait_for_rows({"beta": "ready"})
         known = len(at.synapse("generations", "beta", "--json").json())
