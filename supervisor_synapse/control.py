@@ -37,6 +37,7 @@ from supervisor_synapse.core.model import (
     Estimate,
     Failure,
     Phase,
+    ProcessState,
     Program,
     Row,
     Snapshot,
@@ -68,6 +69,7 @@ _BLIND_SECONDS = 5.0  # a turn that took longer saw too little to judge by
 _BEAT_SECONDS = 2.0  # the plugin hears from us at least so often
 _LAST_WRITE_SECONDS = 2.0
 _REPEAT_SECONDS = 60.0  # between two complaints about the same file
+_ABSENT_SECONDS = 5.0  # so long a model that supervisord does not have is still shown
 
 _UNKNOWN = Standing()
 _NOBODY = Wanted(False, "there is no such model")
@@ -120,6 +122,7 @@ class Listener:
         self._commands = Commands(deployment, self._fits, deployer.roll_back_to)
         self._states = self._commands.take_up(failover.taken_up(self._states))
         self._published: tuple[float, tuple[Row, ...] | None] = (0.0, None)
+        self._absent_since: dict[str, float] = {}
         self._has_requests = True  # perhaps, from before
         self._looked_at = time.monotonic()
         self._complained: dict[str, float] = {}
@@ -466,15 +469,32 @@ class Listener:
         standings = self._blocks_seen.standings
         now = time.monotonic()
         hindered = self._hindrances()
-        return tuple(
-            _row(
+        present = {
+            one.name: _row(
                 programs[one.name], one, self._states[one.name], self._observer.watched(one.name),
                 self._memory.estimate(programs[one.name]),
                 self._memory.measured(programs[one.name], one.incarnation),
                 standings.get(one.name, _UNKNOWN), hindered.get(one.name, ""), now,
             )
             for one in seen
-        )  # fmt: skip
+        }  # fmt: skip
+        found = present | self._absent(present, now)
+        return tuple(found[name] for name in programs if name in found)
+
+    def _absent(self, present: Mapping[str, Row], now: float) -> dict[str, Row]:
+        """Models that `supervisorctl update` has taken away, and is about to add anew."""
+        _, before = self._published
+        gone = {
+            row.name: replace(row, state=ProcessState.STOPPED, pid=0)
+            for row in before or ()
+            if row.name not in present
+        }
+        self._absent_since = {name: self._absent_since.get(name, now) for name in gone}
+        return {
+            name: row
+            for name, row in gone.items()
+            if now - self._absent_since[name] < _ABSENT_SECONDS
+        }
 
     def _hindrances(self) -> dict[str, str]:
         """Why changed blocks are not in place, in words to be added to a reason."""
