@@ -15,6 +15,7 @@ import os
 import random
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -34,14 +35,20 @@ from supervisor_synapse.core.admission import Ledger
 from supervisor_synapse.core.decide import decide, is_at_rest_by_hand
 from supervisor_synapse.core.model import (
     UNDER_WAY,
+    Breaker,
+    DeviceRow,
     Estimate,
     Failure,
+    ListenerRow,
     Phase,
     ProcessState,
     Program,
     Row,
     Snapshot,
+    Usage,
 )
+from supervisor_synapse.core.overview import device_rows
+from supervisor_synapse.core.restarts import Restarts
 from supervisor_synapse.core.state import (
     Action,
     Decision,
@@ -58,7 +65,8 @@ from supervisor_synapse.core.state import (
 from supervisor_synapse.core.trials import Standing, Standings
 from supervisor_synapse.errors import ShuttingDown, TransientError
 from supervisor_synapse.memory import Memory, Run
-from supervisor_synapse.observe import Observer, Wanted, Watched, planned, slots_busy
+from supervisor_synapse.observe import Observer, Wanted, Watched, planned, slots_busy, usage
+from supervisor_synapse.version import VERSION
 
 _RPC_TIMEOUT_SECONDS = 5.0
 _IDLE_TICK_SECONDS = 1.0
@@ -67,6 +75,8 @@ _ENDING_TICK_SECONDS = 0.03  # while a process ends: a swap waits for that
 _SHORTEST_TICK_SECONDS = 0.02
 _BLIND_SECONDS = 5.0  # a turn that took longer saw too little to judge by
 _BEAT_SECONDS = 2.0  # the plugin hears from us at least so often
+_FIGURES_SECONDS = 5.0  # figures that move all the time are handed over so often
+_MOST_LINES = 500  # of the history, handed to the plugin
 _LAST_WRITE_SECONDS = 2.0
 _REPEAT_SECONDS = 60.0  # between two complaints about the same file
 _ABSENT_SECONDS = 5.0  # so long a model that supervisord does not have is still shown
@@ -78,6 +88,16 @@ _ENDING = frozenset({Phase.STOPPING, Phase.VERIFYING})
 _log = logging.getLogger("synapse")
 
 _T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class _Published:
+    """What the plugin has."""
+
+    rows: tuple[Row, ...] | None = None
+    devices: tuple[DeviceRow, ...] = ()
+    at: float = 0.0  # monotonic
+    heard_at: float = 0.0  # of us, also if only that nothing has changed
 
 
 @dataclass(slots=True)
@@ -121,7 +141,12 @@ class Listener:
         self._blocks_seen = Sight()
         self._commands = Commands(deployment, self._fits, deployer.roll_back_to)
         self._states = self._commands.take_up(failover.taken_up(self._states))
-        self._published: tuple[float, tuple[Row, ...] | None] = (0.0, None)
+        self._published = _Published()
+        self._untold: list[history.Line] = []  # lines of the history that the plugin has not got
+        self._earlier: list[dict[str, object]] | None = None  # of before, for the plugin
+        self._failures: dict[str, Counter[str]] = {}  # by model and class, since we began
+        self._began_at = time.time()
+        self._turn_seconds = self._lag_seconds = 0.0
         self._absent_since: dict[str, float] = {}
         self._has_requests = True  # perhaps, from before
         self._looked_at = time.monotonic()
@@ -135,11 +160,18 @@ class Listener:
             lambda: Connection(self._stdout, self._on_event, self._on_end), stdin
         )
         _log.info("listening", extra={"prefix": str(self._deployment.prefix)})
+        self._earlier = await self._to_disk(
+            partial(history.recent, self._deployment.history, _MOST_LINES)
+        )
         while self._end is None:
             self._wake.clear()
+            begun = time.monotonic()
             await self._turn()
+            ended, pause = time.monotonic(), self._pause()
+            self._turn_seconds = ended - begun
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), self._pause())
+                await asyncio.wait_for(self._wake.wait(), pause)
+            self._lag_seconds = max(time.monotonic() - ended - pause, 0.0)
         self._observer.close()
         self._memory.close()
         with contextlib.suppress(TimeoutError):  # what waits for the disk stands before this
@@ -427,12 +459,17 @@ class Listener:
     def _record(self, transitions: Iterable[Transition]) -> None:
         """History and log: one line for each transition."""
         at = time.time()
-        self._tell([_line(change, at) for change in transitions])
+        lines = [_line(change, at) for change in transitions]
+        for line in lines:
+            if line.failure_class is not None:
+                self._failures.setdefault(line.model, Counter())[line.failure_class] += 1
+        self._tell(lines)
 
     def _tell(self, lines: list[history.Line]) -> None:
         for line in lines:
             _log.info("transition", extra=_words(line))
         if lines:
+            self._untold = [*self._untold, *lines][-_MOST_LINES:]
             task = asyncio.create_task(self._append(lines))
             self._telling.add(task)
             task.add_done_callback(self._telling.discard)
@@ -452,17 +489,39 @@ class Listener:
 
     async def _publish(self, seen: Iterable[Seen]) -> None:
         """Hand the plugin what is new; where nothing is, a sign of life."""
+        await self._hand_over_history()
         rows = self._rows(seen)
+        devices = device_rows(self._world.registry.devices, self._ledger)
         now = time.monotonic()
-        at, before = self._published
-        if rows == before and now - at < _BEAT_SECONDS:
-            return
-        if rows == before:
+        before = self._published
+        is_due = now - before.at >= _FIGURES_SECONDS
+        has_moved = (rows, devices) != (before.rows, before.devices)
+        if _without_figures(rows) != _without_figures(before.rows) or (is_due and has_moved):
+            snapshot = Snapshot(time.time(), rows, devices, self._about_itself())
+            waiting = await self._call(partial(self._rpc.publish, snapshot))
+            self._published = _Published(rows, devices, now, now)
+        elif now - before.heard_at >= _BEAT_SECONDS:
             waiting = await self._call(self._rpc.beat)
+            self._published = replace(before, heard_at=now)
         else:
-            waiting = await self._call(partial(self._rpc.publish, Snapshot(time.time(), rows)))
+            return
         self._has_requests = self._has_requests or waiting > 0
-        self._published = (now, rows)
+
+    async def _hand_over_history(self) -> None:
+        """What is new; at first also what stood in the file before."""
+        if self._earlier is not None:
+            await self._call(partial(self._rpc.record, self._earlier, anew=True))
+            self._earlier = None
+        if self._untold:
+            lines = self._untold
+            await self._call(partial(self._rpc.record, [history.public(one) for one in lines]))
+            self._untold = self._untold[len(lines) :]
+
+    def _about_itself(self) -> ListenerRow:
+        return ListenerRow(
+            os.getpid(), VERSION, self._began_at, round(self._turn_seconds, 4),
+            round(self._lag_seconds, 4),
+        )  # fmt: skip
 
     def _rows(self, seen: Iterable[Seen]) -> tuple[Row, ...]:
         programs = {program.name: program for program in self._world.registry.programs}
@@ -474,7 +533,8 @@ class Listener:
                 programs[one.name], one, self._states[one.name], self._observer.watched(one.name),
                 self._memory.estimate(programs[one.name]),
                 self._memory.measured(programs[one.name], one.incarnation),
-                standings.get(one.name, _UNKNOWN), hindered.get(one.name, ""), now,
+                standings.get(one.name, _UNKNOWN), hindered.get(one.name, ""),
+                self._failures.get(one.name, {}), now,
             )
             for one in seen
         }  # fmt: skip
@@ -483,10 +543,9 @@ class Listener:
 
     def _absent(self, present: Mapping[str, Row], now: float) -> dict[str, Row]:
         """Models that `supervisorctl update` has taken away, and is about to add anew."""
-        _, before = self._published
         gone = {
             row.name: replace(row, state=ProcessState.STOPPED, pid=0)
-            for row in before or ()
+            for row in self._published.rows or ()
             if row.name not in present
         }
         self._absent_since = {name: self._absent_since.get(name, now) for name in gone}
@@ -568,6 +627,7 @@ def _row(
     measured_bytes: int | None,
     standing: Standing,
     hindrance: str,
+    failures: Mapping[str, int],
     now: float,
 ) -> Row:
     served = watched.served if watched else planned(program)
@@ -587,7 +647,21 @@ def _row(
         generation=standing.generation, trial=standing.on_trial,
         last_failure=_last_failure(state, standing),
         next_retry_seconds=None if retry_at is None else round(max(retry_at - now, 0.0)),
+        started_at=seen.incarnation.started_at if seen.incarnation else None,
+        breaker=_breaker(state.retries), failures=tuple(sorted(failures.items())),
+        usage=usage(watched) if watched else Usage(),
     )  # fmt: skip
+
+
+def _breaker(retries: Restarts) -> Breaker:
+    if retries.is_open:
+        return Breaker.OPEN
+    return Breaker.HALF_OPEN if retries.is_trial else Breaker.CLOSED
+
+
+def _without_figures(rows: tuple[Row, ...] | None) -> tuple[Row, ...] | None:
+    """Rows by which to tell whether something has happened that cannot wait."""
+    return None if rows is None else tuple(replace(row, usage=Usage()) for row in rows)
 
 
 def _with_refusal(reason: str, standing: Standing) -> str:

@@ -31,7 +31,14 @@ from supervisor_synapse.core.estimate import HOST
 from supervisor_synapse.core.failures import Ending
 from supervisor_synapse.core.ladder import fallback_of, name_of
 from supervisor_synapse.core.load_log import Loaded, is_on_host, parse_load
-from supervisor_synapse.core.model import Device, Health, Incarnation, ProcessState, Program
+from supervisor_synapse.core.model import (
+    Device,
+    Health,
+    Incarnation,
+    ProcessState,
+    Program,
+    Usage,
+)
 from supervisor_synapse.core.probes import Liveness, Verdict
 from supervisor_synapse.core.settings import MIB, ProbePolicy
 from supervisor_synapse.core.state import ModelState, Seen
@@ -103,6 +110,7 @@ class Watched:
     load_looks: int = 0  # how often that was looked for
     answered: asyncio.Event = field(default_factory=asyncio.Event)  # or failed to, once
     tending: asyncio.Task[None] | None = None
+    probe_seconds: float | None = None  # until the last answer
     asking: asyncio.Task[None] | None = None  # the patient question that is out
     canary: asyncio.Task[None] | None = None
 
@@ -357,7 +365,9 @@ class Observer:
             watched.live = replace(watched.live, on_host=on_host)
 
     async def _ask_health(self, watched: Watched, program: Program, process: Process) -> None:
+        asked_at = time.monotonic()
         health = await self._on(self._quick, Prober.health, watched.prober)
+        watched.probe_seconds = time.monotonic() - asked_at
         if health is Health.READY and not watched.live.was_ready:
             port, pid = watched.served.port, watched.incarnation.pid
             foreign = await self._on(self._aside, partial(sockets.foreign_listener, port), pid)
@@ -387,6 +397,7 @@ class Observer:
         finally:
             watched.asking = None
         now = time.monotonic()
+        watched.probe_seconds = now - asked_at
         if not told.answered:
             watched.live = replace(probes.on_unanswered(watched.live), activity=None)
             return
@@ -517,6 +528,18 @@ def slots_busy(watched: Watched) -> int | None:
     if activity is None:
         return None
     return max(activity.busy - (watched.live.canary_at is not None), 0)
+
+
+def usage(watched: Watched) -> Usage:
+    """What a run last told of its work."""
+    activity, seconds = watched.live.activity, watched.probe_seconds
+    return Usage(
+        queued=activity.queued if activity else None,
+        prompt_tokens=activity.prompt_tokens if activity else None,
+        generated_tokens=activity.generated_tokens if activity else None,
+        probe_seconds=None if seconds is None else round(seconds, 4),
+        is_asleep=watched.live.is_asleep,
+    )
 
 
 def is_busy(watched: Watched) -> bool:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 _LARGEST_BYTES = 10 * 1024 * 1024
+_TAIL_BYTES = 512 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,29 @@ def _write(descriptor: int, text: str) -> None:
     rest = text.encode("ascii")
     while rest:
         rest = rest[os.write(descriptor, rest) :]
+
+
+def recent(path: Path, most: int) -> list[dict[str, object]]:
+    """The last `most` objects of the file, oldest first; fewer where it was just begun anew, none
+    where it cannot be read. A torn line is left out.
+    """
+    try:
+        with path.open("rb") as file:
+            file.seek(max(file.seek(0, os.SEEK_END) - _TAIL_BYTES, 0))
+            text = file.read(_TAIL_BYTES).decode("utf-8", "replace")
+    except OSError:
+        return []
+    return _objects(text.split("\n"))[-most:]
+
+
+def _objects(lines: Iterable[str]) -> list[dict[str, object]]:
+    found = []
+    for line in lines:
+        with contextlib.suppress(ValueError, RecursionError):
+            value = json.loads(line)
+            if isinstance(value, dict) and isinstance(value.get("model"), str):
+                found.append(value)
+    return found
 
 
 def public(line: Line) -> dict[str, object]:

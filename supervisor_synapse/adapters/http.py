@@ -240,7 +240,11 @@ def parse_metrics(body: bytes) -> Activity | None:
     busy = found.get("requests_processing")
     if busy is None or busy < 0 or _DECODES not in found:
         return None
-    return Activity(busy, tuple(found.get(name, 0) for name in _MOVING_METRICS))
+    return Activity(
+        busy, tuple(found.get(name, 0) for name in _MOVING_METRICS),
+        queued=found.get("requests_deferred"), prompt_tokens=found.get("prompt_tokens_total"),
+        generated_tokens=found.get("tokens_predicted_total"),
+    )  # fmt: skip
 
 
 def parse_slots(body: bytes) -> Activity | None:

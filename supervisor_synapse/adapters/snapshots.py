@@ -9,20 +9,37 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable
+from dataclasses import asdict
 from typing import Any
 
 from pydantic import TypeAdapter
 
 from supervisor_synapse.core.failures import printable
-from supervisor_synapse.core.model import Failure, ProcessState, Row, Snapshot
+from supervisor_synapse.core.model import (
+    DeviceRow,
+    Failure,
+    ListenerRow,
+    ProcessState,
+    Row,
+    Snapshot,
+    Usage,
+)
 from supervisor_synapse.errors import TransientError
 
 _ROW = TypeAdapter(Row)
+_DEVICE = TypeAdapter(DeviceRow)
+_LISTENER = TypeAdapter(ListenerRow)
 
 
 def dump(snapshot: Snapshot) -> str:
-    """`{"at": …, "models": […]}`."""
-    return json.dumps({"at": snapshot.at, "models": public(snapshot.models)})
+    """`{"at": …, "models": […], "devices": […], "listener": {…}}`."""
+    return json.dumps(
+        {
+            "at": snapshot.at, "models": public(snapshot.models),
+            "devices": public_devices(snapshot.devices),
+            "listener": None if snapshot.listener is None else asdict(snapshot.listener),
+        }
+    )  # fmt: skip
 
 
 def public(rows: Iterable[Row]) -> list[dict[str, Any]]:
@@ -60,7 +77,33 @@ def _public(row: Row) -> dict[str, Any]:
         "trial": row.trial,
         "last_failure": _failure(row.last_failure),
         "next_retry_in": row.next_retry_seconds,
+        "started_at": row.started_at,
+        "breaker": row.breaker.value,
+        "failures": dict(row.failures),
+        "usage": {
+            "queued": row.usage.queued,
+            "prompt_tokens": row.usage.prompt_tokens,
+            "generated_tokens": row.usage.generated_tokens,
+            "probe_seconds": row.usage.probe_seconds,
+            "asleep": row.usage.is_asleep,
+        },
     }
+
+
+def public_devices(rows: Iterable[DeviceRow]) -> list[dict[str, Any]]:
+    """The objects of `devices --json`: sizes in bytes."""
+    return [
+        {
+            "name": row.name, "description": row.description, "total": row.total_bytes,
+            "free": row.free_bytes, "reserve": row.reserve_bytes, "room": row.room_bytes,
+            "others": row.others_bytes, "problem": row.problem,
+            "models": [
+                {"name": one.model, "held": one.held_bytes, "committed": one.committed_bytes}
+                for one in row.models
+            ],
+        }
+        for row in rows
+    ]  # fmt: skip
 
 
 def _failure(failure: Failure | None) -> dict[str, Any] | None:
@@ -80,7 +123,12 @@ def load(text: str) -> Snapshot:
     try:
         value = json.loads(text, parse_constant=_finite, parse_float=_finite)
         rows = tuple(_row(item) for item in value["models"])
-        return Snapshot(float(value["at"]), rows)
+        devices = tuple(_device(item) for item in value.get("devices") or ())
+        listener = value.get("listener")
+        return Snapshot(
+            float(value["at"]), rows, devices,
+            None if listener is None else _LISTENER.validate_python(listener),
+        )  # fmt: skip
     except (
         ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError,
     ) as error:  # fmt: skip
@@ -121,5 +169,24 @@ def _row(item: dict[str, Any]) -> Row:
         and {
             "failure_class": failure["class"], "message": failure["message"], "at": failure["at"],
         },
+        "failures": tuple(item.get("failures", {}).items()), "usage": _usage(item.get("usage", {})),
     }  # fmt: skip
     return _ROW.validate_python(flat)
+
+
+def _usage(item: dict[str, Any]) -> dict[str, Any]:
+    known = {key: item[key] for key in Usage.__dataclass_fields__ if key in item}
+    return known | {"is_asleep": item.get("asleep", False)}
+
+
+def _device(item: dict[str, Any]) -> DeviceRow:
+    holdings = [
+        {"model": one["name"], "held_bytes": one["held"], "committed_bytes": one["committed"]}
+        for one in item["models"]
+    ]
+    flat = {
+        "name": item["name"], "description": item["description"], "total_bytes": item["total"],
+        "free_bytes": item["free"], "reserve_bytes": item["reserve"], "room_bytes": item["room"],
+        "others_bytes": item["others"], "models": holdings, "problem": item["problem"],
+    }  # fmt: skip
+    return _DEVICE.validate_python(flat)

@@ -7,8 +7,10 @@ over a unix socket a new one costs 0.1 ms. Objects here are not shared between t
 from __future__ import annotations
 
 import http.client
+import json
 import socket
 import xmlrpc.client
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -227,6 +229,10 @@ class Supervisord:
     def publish(self, snapshot: Snapshot) -> int:
         """Hand the plugin what all surfaces shall show; how many commands wait."""
         return _validated(_COUNT, self.call("synapse.publish", snapshots.dump(snapshot)))
+
+    def record(self, lines: Sequence[Mapping[str, object]], *, anew: bool = False) -> None:
+        """Hand the plugin lines of the history; `anew`: in place of all that it has."""
+        self.call("synapse.record", json.dumps(lines), anew)
 
     def beat(self) -> int:
         """Tell the plugin that the listener lives, and that nothing has changed.

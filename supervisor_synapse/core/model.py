@@ -372,6 +372,25 @@ class Failure:
     at: float  # wall clock, seconds since the epoch
 
 
+class Breaker(Enum):
+    """Whether a model that failed often is left alone for a while (see core/restarts.py)."""
+
+    CLOSED = "closed"
+    OPEN = "open"
+    HALF_OPEN = "half-open"  # one trial
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a server last told of its work; None where it does not tell."""
+
+    queued: int | None = None  # requests that wait for a slot
+    prompt_tokens: int | None = None  # read since its start
+    generated_tokens: int | None = None  # written since its start
+    probe_seconds: float | None = None  # until the last probe was answered
+    is_asleep: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """One model as every surface shows it; a line of `models`."""
@@ -403,6 +422,45 @@ class Row:
     trial: bool
     last_failure: Failure | None
     next_retry_seconds: float | None
+    started_at: int | None = None  # the run that is up: wall clock, whole seconds
+    breaker: Breaker = Breaker.CLOSED
+    failures: tuple[tuple[str, int], ...] = ()  # by class, how often since the listener began
+    usage: Usage = Usage()
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """What one model has of a device, in bytes."""
+
+    model: str
+    held_bytes: int | None  # measured; None where no reader tells
+    committed_bytes: int  # set aside for it: what it holds and what it may still take
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceRow:
+    """One device as every surface shows it, in bytes; None where its reader does not tell."""
+
+    name: str
+    description: str
+    total_bytes: int
+    free_bytes: int | None  # as the driver says
+    reserve_bytes: int  # kept free
+    room_bytes: int | None  # what may still be given to models
+    others_bytes: int | None  # taken by what is not ours
+    models: tuple[Holding, ...] = ()
+    problem: str = ""  # why nothing is known
+
+
+@dataclass(frozen=True, slots=True)
+class ListenerRow:
+    """The listener about itself."""
+
+    pid: int
+    version: str
+    started_at: float  # wall clock
+    turn_seconds: float  # the last look at everything, from beginning to end
+    lag_seconds: float  # how much later than planned it began
 
 
 @dataclass(frozen=True, slots=True)
@@ -411,3 +469,5 @@ class Snapshot:
 
     at: float  # wall clock, seconds since the epoch
     models: tuple[Row, ...]
+    devices: tuple[DeviceRow, ...] = ()
+    listener: ListenerRow | None = None

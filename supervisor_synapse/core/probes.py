@@ -51,6 +51,9 @@ class Activity:
 
     busy: int
     counters: tuple[int, ...] = ()
+    queued: int | None = None  # requests that wait for a slot
+    prompt_tokens: int | None = None  # read since its start
+    generated_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,45 +10,29 @@ until the listener has carried it out; who gave it asks for the answer.
 from __future__ import annotations
 
 import json
-import time
 import traceback
-import weakref
 from dataclasses import asdict
 from typing import Any
 
 from supervisor import events
 from supervisor.rpcinterface import SupervisorNamespaceRPCInterface
-from supervisor.states import ProcessStates, getProcessStateDescription
+from supervisor.states import ProcessStates
 from supervisor.xmlrpc import Faults, RPCError
 
 from supervisor_synapse.plugin import reload_guard
-from supervisor_synapse.plugin.mailbox import Answer, Full, Mailbox
-from supervisor_synapse.plugin.watchdog import Watchdog
+from supervisor_synapse.plugin.board import Board, boards
+from supervisor_synapse.plugin.mailbox import Answer, Full
 
-API_VERSION = "1.2"
+API_VERSION = "1.3"
 
 _LARGEST_SNAPSHOT_CHARACTERS = 8 * 1024 * 1024
 _LONGEST_MESSAGE = 1000
 
 
-class _Board:
-    """What is known in one supervisord; shared by all its HTTP servers."""
-
-    def __init__(self, supervisord: Any) -> None:
-        self.snapshot: dict[str, Any] | None = None
-        self.taken_at = 0.0  # monotonic
-        self.mailbox = Mailbox()
-        self.watchdog = Watchdog(supervisord)
-
-
-# supervisord makes one interface for each of its HTTP servers, and a new Supervisor at a reload.
-_boards: weakref.WeakKeyDictionary[Any, _Board] = weakref.WeakKeyDictionary()
-
-
 class SynapseNamespaceRPCInterface:
     """The namespace `synapse` of supervisord's XML-RPC."""
 
-    def __init__(self, supervisord: Any, board: _Board) -> None:
+    def __init__(self, supervisord: Any, board: Board) -> None:
         self._supervisord = supervisord
         self._supervisor = SupervisorNamespaceRPCInterface(supervisord)
         self._board = board
@@ -66,16 +50,10 @@ class SynapseNamespaceRPCInterface:
         @param string snapshot  JSON object with `at` and `models`
         @return int         how many commands wait for the listener
         """
-        if not isinstance(snapshot, str) or len(snapshot) > _LARGEST_SNAPSHOT_CHARACTERS:
-            raise RPCError(Faults.INCORRECT_PARAMETERS, "a snapshot is a JSON object in a string")
-        try:
-            value = json.loads(snapshot)
-        except (ValueError, RecursionError):
-            value = None
+        value = _parsed(snapshot)
         if not isinstance(value, dict) or not isinstance(value.get("models"), list):
             raise RPCError(Faults.INCORRECT_PARAMETERS, "a snapshot is a JSON object with models")
-        self._board.snapshot, self._board.taken_at = value, time.monotonic()
-        self._board.watchdog.hear()
+        self._board.take(value)
         return len(self._board.mailbox.waiting())
 
     def beat(self) -> int:
@@ -83,10 +61,7 @@ class SynapseNamespaceRPCInterface:
 
         @return int  how many commands wait for the listener
         """
-        if self._board.snapshot is not None:
-            self._board.snapshot["at"] = time.time()
-            self._board.taken_at = time.monotonic()
-        self._board.watchdog.hear()
+        self._board.hear()
         return len(self._board.mailbox.waiting())
 
     def enable(self, name: str) -> str:
@@ -210,37 +185,79 @@ class SynapseNamespaceRPCInterface:
                         published) and `models` (as `supervisorctl models --json` lists them);
                         empty before the listener spoke
         """
-        snapshot = self._board.snapshot
-        if snapshot is None:
+        board = self._board
+        if board.snapshot is None:
             return ""
-        age = round(time.monotonic() - self._board.taken_at, 3)
-        models = [self._live(model) for model in snapshot["models"]]
-        try:
-            return json.dumps({**snapshot, "age_seconds": age, "models": models})
-        except RecursionError:
-            raise RPCError(Faults.FAILED, "the snapshot is nested too deeply") from None
+        found = {**board.snapshot, "models": board.models(self._supervisord)}
+        return _dumped({**found, "age_seconds": board.age_seconds})
 
-    def _live(self, model: Any) -> Any:
-        """The model with supervisord's own state and pid of this moment."""
-        name = model.get("name") if isinstance(model, dict) else None
+    def devices(self) -> str:
+        """The memory of each device: total, free, what models hold, what others took.
+
+        @return string  JSON object: `age_seconds` and `devices` (as `supervisorctl devices --json`
+                        lists them); empty before the listener spoke
+        """
+        if self._board.snapshot is None:
+            return ""
+        found = {"age_seconds": self._board.age_seconds, "devices": self._board.devices()}
+        return _dumped(found)
+
+    def history(self, name: str, most: int) -> str:
+        """The newest transitions.
+
+        @param string name  a model; empty: all
+        @param int most     how many, at most
+        @return string      JSON list of objects, oldest first: `when` (seconds since the epoch),
+                            `model`, `from`, `to`, `reason`, `class`, `evidence`, `incarnation`
+        """
+        if type(most) is not int or most < 1:
+            raise RPCError(Faults.INCORRECT_PARAMETERS, "most is a number from 1 on")
         if not isinstance(name, str):
-            return model
-        group = self._supervisord.process_groups.get(name)
-        process = group.processes.get(name) if group is not None else None
-        if process is None:
-            return model
-        return {
-            **model,
-            "state": getProcessStateDescription(process.get_state()),
-            "pid": process.pid,
-        }
+            raise RPCError(Faults.BAD_NAME, "there is no such model")
+        lines = self._board.history(name, most)
+        if name and not lines:  # one that has no program any more may still have a history
+            self._require_model(name)
+        return _dumped(lines)
+
+    def record(self, lines: str, anew: bool) -> bool:
+        """Take new lines of the history; from the listener.
+
+        @param string lines  JSON list of objects as history() returns them
+        @param boolean anew  whether they stand in place of all that is known
+        @return boolean      always True
+        """
+        value = _parsed(lines)
+        if not isinstance(value, list) or not all(
+            isinstance(line, dict) and isinstance(line.get("model"), str) for line in value
+        ):
+            raise RPCError(Faults.INCORRECT_PARAMETERS, "lines are a JSON list of objects")
+        self._board.record(value, anew=bool(anew))
+        return True
+
+
+def _parsed(text: object) -> Any:
+    """JSON in a string of a sensible size; None where it is none."""
+    if not isinstance(text, str) or len(text) > _LARGEST_SNAPSHOT_CHARACTERS:
+        return None
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _dumped(value: object) -> str:
+    """ASCII: supervisord cuts other replies short."""
+    try:
+        return json.dumps(value)
+    except RecursionError:
+        raise RPCError(Faults.FAILED, "the snapshot is nested too deeply") from None
 
 
 def make_rpcinterface(supervisord: Any, **config: Any) -> SynapseNamespaceRPCInterface:
     """Called by supervisord, once for each of its HTTP servers."""
-    board = _boards.get(supervisord)
+    board = boards.get(supervisord)
     if board is None:
-        board = _boards[supervisord] = _Board(supervisord)
+        board = boards[supervisord] = Board(supervisord)
         events.subscribe(
             events.SupervisorStoppingEvent, lambda event: _stop_models_together(supervisord)
         )

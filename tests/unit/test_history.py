@@ -95,3 +95,30 @@ def test_a_full_disk_is_an_error_and_costs_only_the_torn_line(tmp_path: Path) ->
 def test_a_folder_that_is_gone_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         history.append(tmp_path / "gone" / "h", [READY])
+
+
+def test_the_newest_lines_are_read_back_in_their_order(tmp_path: Path) -> None:
+    path = tmp_path / "history.jsonl"
+    lines = [Line(float(number), "tiny", None, "ready", "x") for number in range(20)]
+    history.append(path, lines)
+    assert history.recent(path, 3) == [history.public(line) for line in lines[-3:]]
+
+
+def test_a_torn_line_or_one_that_is_none_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "history.jsonl"
+    history.append(path, [READY])
+    with path.open("a") as file:
+        file.write('[]\n{"model": 1}\n{"model": "tiny", "wh')
+    assert history.recent(path, 10) == [history.public(READY)]
+
+
+def test_of_a_long_history_only_the_end_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "history.jsonl"
+    history.append(path, [Line(float(n), "tiny", None, "ready", "x" * 1000) for n in range(2000)])
+    found = history.recent(path, 5000)
+    assert 400 < len(found) < 600
+    assert found[-1]["when"] == 1999.0
+
+
+def test_where_there_is_no_history_nothing_is_read(tmp_path: Path) -> None:
+    assert history.recent(tmp_path / "history.jsonl", 10) == []

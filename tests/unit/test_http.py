@@ -38,7 +38,9 @@ METRICS = (
     b"llamacpp:requests_processing 2\n"
     b"llamacpp:requests_deferred 198\n"
 )
-WORKING = Activity(2, (17, 100, 50))
+WORKING = Activity(
+    2, (17, 100, 50), queued=198, prompt_tokens=100, generated_tokens=50
+)  # fmt: skip
 SLOTS = json.dumps(
     [
         {"id": 0, "is_processing": True, "id_task": 3, "next_token": [{"n_decoded": 12}]},

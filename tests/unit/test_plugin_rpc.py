@@ -506,3 +506,45 @@ def test_it_loads_nothing_heavy_into_supervisord() -> None:
     assert not {"pydantic", "rich", "requests", "jinja2", "gguf", "numpy", "huggingface_hub"} & set(
         done.stdout.split()
     )
+
+
+# --- devices and history -------------------------------------------------------------------------
+
+LINE = {"when": 1.0, "model": "tiny-q4_k_m", "from": None, "to": "pending", "reason": "enabled"}
+
+
+def test_devices_are_empty_before_the_listener_spoke_and_then_what_it_said() -> None:
+    namespace = plugged()
+    assert call(namespace, "devices") == ""
+    device = {"name": "CPU", "total": 2**40, "models": []}
+    call(namespace, "publish", json.dumps({"at": 1.0, "models": [], "devices": [device]}))
+    found = json.loads(call(namespace, "devices"))
+    assert found["devices"] == [device]
+    assert 0 <= found["age_seconds"] < 5
+
+
+def test_recorded_lines_come_back_as_text() -> None:
+    namespace = plugged()
+    assert call(namespace, "record", json.dumps([LINE]), True) is True
+    assert json.loads(call(namespace, "history", "", 10)) == [{**LINE, "evidence": ""}]
+    assert json.loads(call(namespace, "history", "tiny-q4_k_m", 1)) == [{**LINE, "evidence": ""}]
+
+
+def test_the_history_of_a_model_that_nobody_knows_is_refused() -> None:
+    with pytest.raises(RPCError) as caught:
+        call(plugged(), "history", "nobody", 10)
+    assert caught.value.code == Faults.BAD_NAME
+
+
+@pytest.mark.parametrize("most", [0, -1, True, "1", 1.5])
+def test_a_number_of_lines_that_is_none_is_refused(most: object) -> None:
+    with pytest.raises(RPCError) as caught:
+        call(plugged(), "history", "", most)
+    assert caught.value.code == Faults.INCORRECT_PARAMETERS
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", "[{}]", '[{"model": 1}]', "[" * 100_000, 7])
+def test_what_is_no_list_of_lines_is_refused(text: object) -> None:
+    with pytest.raises(RPCError) as caught:
+        call(plugged(), "record", text, False)
+    assert caught.value.code == Faults.INCORRECT_PARAMETERS

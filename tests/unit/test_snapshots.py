@@ -12,14 +12,19 @@ from hypothesis import strategies as st
 
 from supervisor_synapse.adapters import snapshots
 from supervisor_synapse.core.model import (
+    Breaker,
+    DeviceRow,
     Failure,
     FailureClass,
+    Holding,
+    ListenerRow,
     Phase,
     ProcessState,
     Role,
     Row,
     Snapshot,
     Tier,
+    Usage,
 )
 from supervisor_synapse.errors import TransientError
 from tests.unit.builders import MIB, row
@@ -30,6 +35,7 @@ CONTRACT = {
     "trial", "last_failure", "next_retry_in",
 }  # fmt: skip
 
+COUNTS = st.integers(0, 2**50)
 SECONDS = st.floats(0, 1e12, allow_nan=False)
 # As os.fsdecode gives it for names that are no UTF-8, too.
 TEXTS = st.text() | st.binary().map(lambda raw: raw.decode("utf-8", "surrogateescape"))
@@ -47,6 +53,27 @@ ROWS = st.builds(
     last_failure=st.none()
     | st.builds(Failure, st.sampled_from(FailureClass), message=TEXTS, at=SECONDS),
     next_retry_seconds=st.none() | SECONDS,
+    started_at=st.none() | st.integers(0, 2**40), breaker=st.sampled_from(Breaker),
+    failures=st.dictionaries(TEXTS, st.integers(1, 2**40)).map(lambda one: tuple(one.items())),
+    usage=st.builds(
+        Usage, queued=st.none() | COUNTS, prompt_tokens=st.none() | COUNTS,
+        generated_tokens=st.none() | COUNTS, probe_seconds=st.none() | SECONDS,
+        is_asleep=st.booleans(),
+    ),
+)  # fmt: skip
+DEVICES = st.builds(
+    DeviceRow,
+    name=TEXTS, description=TEXTS, total_bytes=COUNTS, free_bytes=st.none() | COUNTS,
+    reserve_bytes=COUNTS, room_bytes=st.none() | st.integers(-(2**50), 2**50),
+    others_bytes=st.none() | COUNTS, problem=TEXTS,
+    models=st.lists(
+        st.builds(Holding, model=TEXTS, held_bytes=st.none() | COUNTS, committed_bytes=COUNTS),
+        max_size=3,
+    ).map(tuple),
+)  # fmt: skip
+LISTENERS = st.none() | st.builds(
+    ListenerRow, pid=st.integers(1, 2**22), version=TEXTS, started_at=SECONDS,
+    turn_seconds=SECONDS, lag_seconds=SECONDS,
 )  # fmt: skip
 
 
@@ -61,9 +88,11 @@ def text_of(at: Any = 1.0, **changes: Any) -> str:
     return json.dumps({"at": at, "models": [public() | changes]})
 
 
-@given(st.lists(ROWS, max_size=3), SECONDS)
-def test_what_was_dumped_comes_back(rows: list[Row], at: float) -> None:
-    snapshot = Snapshot(at, tuple(rows))
+@given(st.lists(ROWS, max_size=3), SECONDS, st.lists(DEVICES, max_size=2), LISTENERS)
+def test_what_was_dumped_comes_back(
+    rows: list[Row], at: float, devices: list[DeviceRow], listener: ListenerRow | None
+) -> None:
+    snapshot = Snapshot(at, tuple(rows), tuple(devices), listener)
     assert snapshots.load(snapshots.dump(snapshot)) == snapshot
 
 
@@ -102,6 +131,13 @@ def test_an_absence_is_null() -> None:
     item = public(repo=None, measured_bytes=None, slots_busy=None, ready_seconds=None)
     assert item["repo"] is item["memory"]["measured"] is item["slots"]["busy"] is None
     assert item["ready_seconds"] is item["last_failure"] is item["next_retry_in"] is None
+
+
+def test_what_an_older_listener_does_not_say_is_not_missed() -> None:
+    item = public()
+    for key in ("started_at", "breaker", "failures", "usage"):
+        del item[key]
+    assert snapshots.load(json.dumps({"at": 1.0, "models": [item]})) == Snapshot(1.0, (row(),))
 
 
 def test_what_a_newer_listener_says_beside_is_passed_over() -> None:
