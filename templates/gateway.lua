@@ -1,0 +1,150 @@
+-- Routes a request to a model's backend; holds it where the model is on its way, and asks
+-- supervisord for a model that is wanted and does not run. Loaded by HAProxy.
+--
+-- What there is stands in two maps, which the event listener keeps up to date:
+--   routes   a word that a request may name -> the program that shall answer
+--   models   program -> what to do with a request for it:
+--              serve [FALLBACK]   a server answers; FALLBACK: not the model itself
+--              hold               it is on its way
+--              demand             it comes when it is asked for
+--              refuse REASON      it does not come by itself
+--            *list -> the body of /v1/models; *names -> the names as a JSON list
+-- Whether a server is up is HAProxy's own finding, so that a listener that is down costs nothing.
+
+local HOLD_SECONDS = tonumber(os.getenv("SYNAPSE_HOLD_SECONDS"))
+local MOST_HELD = tonumber(os.getenv("SYNAPSE_MOST_HELD"))
+local SUPERVISORD = os.getenv("SYNAPSE_SUPERVISORD")
+local LOOK_MS = 50
+local ASK_SECONDS = 1
+local LONGEST_WORD = 300
+
+local routes = Map.new(os.getenv("SYNAPSE_ROUTES"), Map._str)
+local models = Map.new(os.getenv("SYNAPSE_MODELS"), Map._str)
+local waiting = {} -- each caller that is held -> when it last looked; one that went away looks no more
+local asked = {} -- program -> when supervisord was last asked for it, so that callers share one
+
+local function quoted(text)
+  local safe = text:sub(1, LONGEST_WORD):gsub("[^%w%._:/@+,; -]", "?")
+  return '"' .. safe .. '"'
+end
+
+local function fail(txn, status, kind, code, message, more)
+  local reply = txn:reply({status = status})
+  reply:add_header("content-type", "application/json")
+  reply:add_header("cache-control", "no-store")
+  if status == 503 then
+    reply:add_header("retry-after", "5")
+  end
+  reply:set_body(
+    '{"error":{"message":' .. quoted(message) .. ',"type":"' .. kind .. '","param":"model","code":"'
+      .. code .. '"' .. (more or "") .. "}}\n"
+  )
+  txn:done(reply)
+end
+
+local function is_up(program)
+  local backend = core.backends[program]
+  local server = backend and backend.servers["model"]
+  if not server then
+    return false
+  end
+  local stats = server:get_stats()
+  local status = stats["status"] or ""
+  -- Before the first look HAProxy calls a server UP.
+  return status:sub(1, 2) == "UP" and (stats["check_status"] or ""):sub(1, 2) == "L7"
+end
+
+local function ask_for(program)
+  local now = core.now().sec
+  if asked[program] and now - asked[program] < ASK_SECONDS then
+    return
+  end
+  asked[program] = now
+  local socket = core.tcp()
+  socket:settimeout(2)
+  if not socket:connect("unix@" .. SUPERVISORD) then
+    return
+  end
+  local body = "<?xml version='1.0'?><methodCall><methodName>synapse.demand</methodName><params>"
+    .. "<param><value><string>" .. program .. "</string></value></param></params></methodCall>"
+  socket:send("POST /RPC2 HTTP/1.0\r\nContent-Type: text/xml\r\nContent-Length: " .. #body
+    .. "\r\n\r\n" .. body)
+  socket:receive("*l")
+  socket:close()
+end
+
+-- Until its server is up. HAProxy ends this when the caller goes away, and nobody asks any more.
+local function hold(program, caller)
+  local deadline = core.now().sec + HOLD_SECONDS
+  while core.now().sec < deadline do
+    waiting[caller] = core.now().sec
+    if is_up(program) then
+      return nil
+    end
+    local verdict, reason = (models:lookup(program) or "hold"):match("^(%S+) ?(.*)$")
+    if verdict == "refuse" then
+      return reason
+    end
+    if verdict == "demand" then
+      ask_for(program)
+    end
+    core.msleep(LOOK_MS)
+  end
+  return "it was not ready within " .. HOLD_SECONDS .. " s"
+end
+
+local function count_waiting()
+  local now, count = core.now().sec, 0
+  for caller, looked_at in pairs(waiting) do
+    if now - looked_at > 2 then
+      waiting[caller] = nil
+    else
+      count = count + 1
+    end
+  end
+  return count
+end
+
+local function route(txn)
+  local word = txn:get_var("txn.word")
+  if not word or word == "" then
+    fail(txn, 400, "invalid_request_error", "model_missing",
+      "name a model: a JSON body with model, or a path that begins with /model/NAME/")
+    return
+  end
+  local program = routes:lookup(word) or routes:lookup(word:lower())
+  if not program or not core.backends[program] then
+    fail(txn, 404, "invalid_request_error", "model_not_found",
+      "there is no model " .. word, ',"models":' .. (models:lookup("*names") or "[]"))
+    return
+  end
+  txn:set_var("txn.program", program)
+  if not is_up(program) then
+    if count_waiting() >= MOST_HELD then
+      fail(txn, 503, "overloaded_error", "model_not_ready", program .. ": too many wait already")
+      return
+    end
+    local caller = {}
+    local reason = hold(program, caller)
+    waiting[caller] = nil
+    if reason then
+      fail(txn, 503, "overloaded_error", "model_not_ready", program .. ": " .. reason)
+      return
+    end
+  end
+  local fallback = (models:lookup(program) or ""):match("^serve (%S+)$")
+  if fallback then
+    txn:set_var("txn.fallback", fallback)
+  end
+end
+
+core.register_action("route", {"http-req"}, route)
+
+core.register_service("models", "http", function(applet)
+  local body = models:lookup("*list") or '{"object":"list","data":[]}'
+  applet:set_status(200)
+  applet:add_header("content-type", "application/json")
+  applet:add_header("content-length", tostring(#body))
+  applet:start_response()
+  applet:send(body)
+end)
