@@ -21,8 +21,11 @@ that one poll waits for everything. `next_step` decides, purely; `Launcher` carr
   left by the listener's word; a living listener's word in FILE, else the start goes ahead. What is
   taken is claimed in FILE.claims until the listener counts it, so that two starts by hand do not
   both get the same memory.
-- New requests cannot be kept out from here: under steady traffic only a gateway in front can
-  drain fully. HUP, USR1 and USR2 are passed on to the server.
+- New requests cannot be kept out of the server itself: under steady traffic only a gateway in front
+  can drain fully. Where one listens beside the ledger (`gateway.sock`, HAProxy's runtime socket),
+  it is told that the model takes no more requests before anything else, and asked how many it has
+  passed on that are still under way; at the next start, that the model takes requests again.
+- HUP, USR1 and USR2 are passed on to the server.
 - On Linux it stops when its parent dies, the server is killed when it dies itself, and whatever
   the server leaves behind becomes its child. Two gaps remain: what the server itself started
   outlives a SIGKILL of the launcher; so does the server on macOS, whose kernel has none of this.
@@ -69,6 +72,7 @@ EXIT_SIGNAL_BASE = 128  # + n: the server was ended by signal n
 
 _BUSY_POLL_SECONDS = 0.1
 _CONFIRM_SECONDS = 0.05  # between the two looks that must both find nothing under way
+_GATEWAY_SECONDS = 0.5  # it answers within a millisecond
 _EXCHANGE_SECONDS = 1.0  # a healthy server answers within 10 ms, whatever it is decoding
 _WORKING_SHARE = 0.05  # an idle server takes 0.01 of a core, one that decodes takes cores
 # How long what was killed may take to go (a driver gives memory back). supervisord kills us 5 s
@@ -435,7 +439,7 @@ class Address(NamedTuple):
     """Where a server listens, ready for `socket`."""
 
     family: int
-    target: tuple[Any, ...]
+    target: Any
 
 
 def preflight(server: Server) -> Address | None:
@@ -542,6 +546,11 @@ def _claim(path: str, word: Word, model: str) -> None:
     if lacks := what_lacks(word, claims):
         raise StartError(EXIT_NO_MEMORY, refusal(model, lacks, word.could_stop))
     write_claims(path, [*claims, Claim(us, ticks_of(us), word.needs)])
+
+
+def gateway_of(ledger: str) -> str:
+    """The gateway's runtime socket, which stands beside the ledger."""
+    return os.path.join(os.path.dirname(ledger), "gateway.sock") if ledger else ""
 
 
 def model_of(record: str) -> str:
@@ -797,21 +806,66 @@ def _ps(pid: int, column: str, *options: str) -> str:
 _Reply = tuple[int, bytes]  # status and body; 0: it could not be read as one
 
 
+class Gateway:
+    """HAProxy's runtime socket, as far as one model is concerned. None there: nothing happens."""
+
+    def __init__(self, path: str, model: str, interrupt: int) -> None:
+        self._path, self._model, self._interrupt = path, model, interrupt
+
+    def withdraw(self) -> None:
+        """New requests get no server of this model; those under way go on."""
+        self._ask(f"set server {self._model}/model state drain")
+
+    def admit(self) -> None:
+        """It takes requests as soon as it answers."""
+        self._ask(f"set server {self._model}/model state ready")
+
+    def requests(self) -> int:
+        """How many it has passed on to the model that are still under way."""
+        lines = self._ask(f"show stat {self._model} 4 -1").decode("ascii", "replace").splitlines()
+        table = [line.removeprefix("# ").split(",") for line in lines if "," in line]
+        try:
+            (row,) = (row for row in table[1:] if row[1] == "model")
+            return max(0, int(row[table[0].index("scur")]))
+        except (IndexError, ValueError):
+            return 0
+
+    def _ask(self, command: str) -> bytes:
+        if not self._path:
+            return b""
+        until = time.monotonic() + _GATEWAY_SECONDS
+        address = Address(socket.AF_UNIX, self._path)
+        try:
+            return _exchange(address, f"{command}\n".encode(), until, self._interrupt)
+        except OSError:  # none, one that is restarted, or a signal for us: as if there were none
+            return b""
+
+
 class Window:
     """Asks a server what is under way, and no longer than until `interrupt` can be read.
 
     Its questions depend on what the server has already shown that it can answer.
     """
 
-    def __init__(self, server: Server, address: Address | None, interrupt: int) -> None:
+    def __init__(
+        self, server: Server, address: Address | None, interrupt: int, gateway: Gateway
+    ) -> None:
         self._server = server
         self._address = address
         self._interrupt = interrupt
+        self._gateway = gateway
         # /props comes first, and once: the others would wake a sleeping server.
         self._paths = ["/props", "/slots", "/metrics"]
 
     def look(self, until: float) -> Look:
-        """Ask once. Each question has its own deadline; the first unanswered one ends the look."""
+        """Ask once the server, and where it has nothing under way, the gateway, too."""
+        look = self._look(until)
+        if look.sight is Sight.LOAD and not look.requests:
+            return look._replace(requests=self._gateway.requests())
+        return look
+
+    def _look(self, until: float) -> Look:
+        """Each question has its own deadline; the first unanswered one ends the look."""
         if self._address is None:
             return self._connections()
         bodies: dict[str, bytes] = {}
@@ -1205,10 +1259,11 @@ class Launcher:
         window: Window,
         family: Family,
         signals: Signals,
+        gateway: Gateway,
     ) -> None:
         self._pid, self._parent = pid, parent
         self._policy, self._window = policy, window
-        self._family, self._signals = family, signals
+        self._family, self._signals, self._gateway = family, signals, gateway
         self._state = State()
         self._is_reaped = False
         self._started_at = time.monotonic()
@@ -1251,6 +1306,8 @@ class Launcher:
         return seen
 
     def _advance(self, seen: Seen) -> None:
+        if isinstance(seen, StopAsked) and self._state.phase is Phase.SERVING:
+            self._gateway.withdraw()
         self._state, actions = next_step(self._state, seen, time.monotonic(), self._policy)
         for action in actions:
             match action:
@@ -1338,8 +1395,10 @@ def _launch(command: Command, address: Address | None) -> int:
             _execute(command)
 
     pid = signals.spawn(become)
-    window = Window(command.server, address, signals.fd)
-    status = Launcher(pid, parent, command.policy, window, family, signals).run()
+    gateway = Gateway(gateway_of(command.ledger), model_of(command.record), signals.fd)
+    gateway.admit()
+    window = Window(command.server, address, signals.fd, gateway)
+    status = Launcher(pid, parent, command.policy, window, family, signals, gateway).run()
     if command.record and status != EXIT_OS_ERROR:
         clear_record(command.record)
     return status
