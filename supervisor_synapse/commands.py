@@ -8,6 +8,7 @@ so the last one asked has the last word.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -15,6 +16,7 @@ from supervisor_synapse.adapters import intent, journal, store
 from supervisor_synapse.adapters.deployment import Deployment
 from supervisor_synapse.adapters.supervisord import Request
 from supervisor_synapse.core import swap as swaps
+from supervisor_synapse.core.demand import wanted
 from supervisor_synapse.core.model import AT_REST, Phase, Program
 from supervisor_synapse.core.state import ModelState
 from supervisor_synapse.core.swap import Outcome, Swap
@@ -109,6 +111,10 @@ class Commands:
         """
         if states is self._taken_up:
             return states, None
+        if request.verb == "demand":
+            is_known = request.model in programs
+            found = wanted(states, request.model, time.monotonic()) if is_known else states
+            return self._hand_out(found), None
         states, answer = self._heed(request, states, programs)
         return self._hand_out(states), answer
 

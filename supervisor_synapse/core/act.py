@@ -5,7 +5,8 @@ A model that is due to start
     1. has to be replaced first by another rung of its ladder       → that, or waits for it
     2. finds no loading place                                       → stays pending
     3. fits beside everything that is committed                     → starts
-    4. does not fit:
+    4. does not fit, and somebody waits for it: who is idle and no more important leaves
+    5. does not fit:
          degrade   the next rung that fits                          → that one; none: deferred
          evict     who is idle and less important leaves            → waits; nobody: deferred
          wait                                                       → deferred
@@ -22,6 +23,7 @@ from typing import assert_never
 
 from supervisor_synapse.core import admission, failover, restarts
 from supervisor_synapse.core.admission import Commitment, Idle, Ledger, Shortage
+from supervisor_synapse.core.demand import idle_stops, is_demanded, waits_to_be_asked
 from supervisor_synapse.core.model import (
     DeviceReading,
     Failure,
@@ -80,6 +82,7 @@ def act(
     actions += failover.advance(seen, after, now, policy, ledger, _idle(seen, after, now))
     actions += _climbs(seen, after, now, policy, ledger)
     actions += _relieve(seen, after, now, policy, ledger)
+    actions += idle_stops(seen, after, now, policy)
     starts, ledger = _starts(seen, after, now, policy, ledger)
     return (*actions, *starts), ledger
 
@@ -167,14 +170,18 @@ def _starts(
     policy: Policy,
     ledger: Ledger,
 ) -> tuple[list[Action], Ledger]:
-    """Highest priority first; one that does not fit never holds back the next."""
+    """What somebody waits for before all others, then the highest priority first; one that does not
+    fit never holds back the next.
+    """
     actions: list[Action] = []
     places = free_places(
         sum(_holds_place(state, now) for state in after.values()), policy.max_parallel
     )
-    for one in seen:
+    for one in sorted(seen, key=lambda one: not is_demanded(after[one.name], now)):
         # Nothing starts beside what its last run may have left.
         if one.is_leaving or not _may_start(after[one.name], now):
+            continue
+        if waits_to_be_asked(after[one.name], now):
             continue
         if holds_back(one, after[one.name], now):
             continue
@@ -249,6 +256,10 @@ def _short(
     if (back := _back_for_room(one, state, policy, ledger, words, now)) is not None:
         after[one.name] = going_back(one, state, back.failure, now)
         return [back], ledger
+    if is_demanded(state, now):  # others as important serve nobody just now
+        made = _make_room(one, seen, after, now, ledger, words, one.claim.priority - 1)
+        if made is not None:
+            return made
     match policy.when_full:
         case WhenFull.DEGRADE:
             rung = admission.first_that_fits(ledger, one.claim)
@@ -258,19 +269,9 @@ def _short(
                 after[one.name], actions = _replaced(one, aimed, now)
                 return actions, ledger.with_one(Commitment(one.name, chosen.needs, is_loading=True))
         case WhenFull.EVICT:
-            needs = one.claim.deployed.needs
-            leaving = [name for name, other in after.items() if _is_evicted(other)]
-            if not ledger.without(leaving).shortages(needs):
-                after[one.name] = _pending(state, f"{words}; waits for {', '.join(leaving)}")
-                return [], ledger.with_one(Commitment(one.name, needs, is_loading=True))
-            idle = _idle(seen, after, now)
-            names = admission.victims(ledger, needs, one.claim.priority, idle)
-            if names:
-                after[one.name] = _pending(state, f"{words}; {', '.join(names)} makes room")
-                evicted: list[Action] = [
-                    _evict(name, after, f"makes room for {one.name}") for name in names
-                ]
-                return evicted, ledger.with_one(Commitment(one.name, needs, is_loading=True))
+            made = _make_room(one, seen, after, now, ledger, words, one.claim.priority)
+            if made is not None:
+                return made
         case WhenFull.REFUSE:
             refused = f"refused: {words}; enable it when there is room"
             after[one.name] = replace(
@@ -283,6 +284,29 @@ def _short(
             assert_never(policy.when_full)
     after[one.name] = replace(state, phase=Phase.DEFERRED, reason=words)
     return [], ledger
+
+
+def _make_room(
+    one: Seen,
+    seen: Sequence[Seen],
+    after: dict[str, ModelState],
+    now: Now,
+    ledger: Ledger,
+    words: str,
+    priority: int,
+) -> tuple[list[Action], Ledger] | None:
+    """Idle models of less importance than `priority` leave; None where that would not do."""
+    state, needs = after[one.name], one.claim.deployed.needs
+    with_it = ledger.with_one(Commitment(one.name, needs, is_loading=True))
+    leaving = [name for name, other in after.items() if _is_evicted(other)]
+    if not ledger.without(leaving).shortages(needs):
+        after[one.name] = _pending(state, f"{words}; waits for {', '.join(leaving)}")
+        return [], with_it
+    names = admission.victims(ledger, needs, priority, _idle(seen, after, now))
+    if not names:
+        return None
+    after[one.name] = _pending(state, f"{words}; {', '.join(names)} makes room")
+    return [_evict(name, after, f"makes room for {one.name}") for name in names], with_it
 
 
 def _back_for_room(

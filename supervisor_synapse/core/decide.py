@@ -30,6 +30,7 @@ from typing import assert_never
 
 from supervisor_synapse.core import failover, restarts
 from supervisor_synapse.core.act import act
+from supervisor_synapse.core.demand import waits_to_be_asked
 from supervisor_synapse.core.failures import PERMANENT, REFUSED_STATUS, Ending, classify
 from supervisor_synapse.core.model import (
     AT_REST,
@@ -46,6 +47,7 @@ _SEEN_START_SECONDS = 2.5  # the loop looks more often than that
 _REPLACED_SECONDS = 30.0  # a program that is new within them is new by our own doing
 _UPDATE_SECONDS = 3.0  # between the end of a model and its replacement, by one `update`
 _GOLDEN = 0.6180339887498949
+_DORMANT = "nobody has used it for long; starts when it is asked for"
 
 _WAITS = frozenset({Phase.PENDING, Phase.DEFERRED})  # for a place, or for memory
 
@@ -190,6 +192,8 @@ def _at_rest(state: ModelState, seen: Seen, now: Now) -> ModelState:
         return _said(state, Phase.DISABLED, _with_residue(seen.why, seen))
     if seen.enabled and ((seen.is_fresh and not state.rests) or state.resume):
         news = "its block has changed" if _is_renewed(state) else "enabled"
+        if waits_to_be_asked(state, now):
+            return _said(state, Phase.DEFERRED, _with_residue(_DORMANT, seen))
         return _wanted(state, f"{news}; waits for a loading place")
     why = "drained" if state.drain else "stopped by hand"
     if state.stopped_at is None:
@@ -216,8 +220,8 @@ def _with_residue(reason: str, seen: Seen) -> str:
 def _running(state: ModelState, seen: Seen, now: Now, policy: Policy) -> ModelState:
     """Startup, then readiness, then liveness; no evidence changes nothing."""
     # It runs: whoever stops it from now on is heeded, and a stop of ours was not.
-    if state.resume or state.evicted_for or state.target_rung is not None:
-        state = replace(state, resume=False, evicted_for="", target_rung=None)
+    if state.resume or state.evicted_for or state.target_rung is not None or state.is_dormant:
+        state = replace(state, resume=False, evicted_for="", target_rung=None, is_dormant=False)
     if state.killed_at is not None:
         return state  # what a killed server answers, or no longer answers, is no evidence
     match seen.verdict:

@@ -117,6 +117,8 @@ class ModelState:
     stopped_at: float | None = None  # by hand; since then at rest, as seen by this listener
     failover: Failover | None = None
     is_wanted_itself: bool = False  # by a command, or by whoever started it, and not its fallback
+    demanded_at: float | None = None  # somebody last said then that he waits for it
+    is_dormant: bool = False  # stopped because nobody used it, until it is asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +216,7 @@ class Policy:
     climb_after_seconds: float = 60.0
     overcommit_sleepers: bool = False
     trial_seconds: float = 60.0
+    idle_stop_seconds: float = 0.0  # 0: what nobody uses is left alone
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,6 +46,20 @@ class Mailbox:
         self._numbers = itertools.count(1)
         self._waiting: OrderedDict[str, Command] = OrderedDict()
         self._answers: OrderedDict[str, Answer] = OrderedDict()
+        self._demands: dict[str, None] = {}
+
+    def demand(self, model: str) -> bool:
+        """Somebody waits for a model; False where the listener has yet to take that up."""
+        is_new = model not in self._demands and len(self._demands) < _MOST_WAITING
+        if is_new:
+            self._demands[model] = None
+        return is_new
+
+    def take_demands(self) -> list[Command]:
+        """Each once: who still waits says so again. Without an id, since nothing is answered."""
+        found = [Command("", "demand", model) for model in self._demands]
+        self._demands.clear()
+        return found
 
     def post(self, verb: str, model: str, other: str = "") -> str:
         """The id under which the answer will be found.

@@ -111,6 +111,20 @@ class SynapseNamespaceRPCInterface:
             raise RPCError(Faults.INCORRECT_PARAMETERS, "a generation is a number, or 0")
         return self._command("rollback", name, str(generation) if generation else "")
 
+    def demand(self, name: str) -> bool:
+        """Somebody waits for a model that does not run; to be said again every second.
+
+        An enabled model is started then; where memory is short, who is idle and no more important
+        makes room for it. Nothing is answered: models() tells how it goes.
+
+        @param string name  a model
+        @return boolean     always True
+        """
+        self._require_model(name)
+        if self._board.mailbox.demand(name):
+            events.notify(events.RemoteCommunicationEvent("synapse", "demand"))  # wakes it
+        return True
+
     def discover(self) -> str:
         """Look for models again, in supervisord's program `discover`, which says how it goes.
 
@@ -146,7 +160,9 @@ class SynapseNamespaceRPCInterface:
 
         @return string  JSON list of objects: `id`, `verb`, `model`, `other`
         """
-        return json.dumps([asdict(command) for command in self._board.mailbox.waiting()])
+        mailbox = self._board.mailbox
+        found = [*mailbox.waiting(), *mailbox.take_demands()]
+        return json.dumps([asdict(command) for command in found])
 
     def answer(self, command: str, ok: bool, message: str) -> bool:
         """What became of a command; from the listener.

@@ -58,6 +58,7 @@ class World:
     stranger: int = 0
     readable: bool = True
     deaf: bool = False  # it takes no stop
+    idle_stop_seconds: float = 0.0
     at: float = 1000.0
     states: Mapping[str, ModelState] = field(default_factory=dict)
     seen: list[str] = field(default_factory=list)  # every action, in words
@@ -87,8 +88,9 @@ class World:
         free = max(self.total - self.taken - self.stranger, 0) if self.readable else None
         readings = (DeviceReading(DEVICE, self.total, free),)
         policy = Policy(
-            max_parallel=99, reserve=Reserve(0), when_full=self.when_full, climb_after_seconds=10
-        )
+            max_parallel=99, reserve=Reserve(0), when_full=self.when_full, climb_after_seconds=10,
+            idle_stop_seconds=self.idle_stop_seconds,
+        )  # fmt: skip
         now = Now(self.at, self.at)
         decision = decide(self.states, self.look(), now, policy, readings)
         self.states = decision.states
