@@ -33,6 +33,7 @@ from supervisor_synapse.commands import Answer, Commands
 from supervisor_synapse.core import failover
 from supervisor_synapse.core.admission import Ledger
 from supervisor_synapse.core.decide import decide, is_at_rest_by_hand
+from supervisor_synapse.core.gateway import verdict
 from supervisor_synapse.core.model import (
     UNDER_WAY,
     Breaker,
@@ -64,6 +65,7 @@ from supervisor_synapse.core.state import (
 )
 from supervisor_synapse.core.trials import Standing, Standings
 from supervisor_synapse.errors import ShuttingDown, TransientError
+from supervisor_synapse.gateway import PROGRAM, Gateway, View
 from supervisor_synapse.memory import Memory, Run
 from supervisor_synapse.observe import Observer, Wanted, Watched, planned, slots_busy, usage
 from supervisor_synapse.version import VERSION
@@ -127,6 +129,8 @@ class Listener:
         self._wake = asyncio.Event()
         self._observer = Observer(self._wake.set)
         self._memory = Memory(deployment)
+        self._gateway = Gateway(deployment)
+        self._gateway_process: Process | None = None
         self._ledger = Ledger()
         self._end: str | None = None
         self._world = _World()
@@ -174,6 +178,7 @@ class Listener:
             self._lag_seconds = max(time.monotonic() - ended - pause, 0.0)
         self._observer.close()
         self._memory.close()
+        self._gateway.close()
         with contextlib.suppress(TimeoutError):  # what waits for the disk stands before this
             await asyncio.wait_for(self._to_disk(lambda: None), _LAST_WRITE_SECONDS)
         _log.info("ended", extra={"reason": self._end})
@@ -236,6 +241,7 @@ class Listener:
         return Policy(
             settings.max_parallel, settings.restart, settings.memory_reserve, settings.when_full,
             settings.climb_after_seconds, settings.overcommit_sleepers, settings.trial_seconds,
+            settings.gateway.idle_stop_seconds,
         )  # fmt: skip
 
     def _read_registry(self) -> None:
@@ -264,6 +270,7 @@ class Listener:
         found = {process.name: process for process in await self._call(self._rpc.process_table)}
         # First, since an edit changes what a model needs, and so whether it may start.
         await self._look_at_blocks(found)
+        self._gateway_process = found.get(PROGRAM)
         programs = self._world.registry.programs
         wanted = {program.name: self._commands.wanted(program) for program in programs}
         wanted |= self._standing_in(wanted)
@@ -491,6 +498,7 @@ class Listener:
         """Hand the plugin what is new; where nothing is, a sign of life."""
         await self._hand_over_history()
         rows = self._rows(seen)
+        self._tell_gateway(rows)
         devices = device_rows(self._world.registry.devices, self._ledger)
         now = time.monotonic()
         before = self._published
@@ -506,6 +514,19 @@ class Listener:
         else:
             return
         self._has_requests = self._has_requests or waiting > 0
+
+    def _tell_gateway(self, rows: tuple[Row, ...]) -> None:
+        registry = self._world.registry
+        claims = {one.name: self._memory.claim(one) for one in registry.programs}
+        verdicts = {
+            row.name: verdict(
+                row, has_way_back=row.name in self._states and self._states[row.name].resume,
+                fallback=claims[row.name].fallback if claims[row.name].is_on_fallback else "",
+            )
+            for row in rows
+        }  # fmt: skip
+        settings = registry.settings.gateway
+        self._gateway.tell(View(settings, registry.programs, rows, verdicts, self._gateway_process))
 
     async def _hand_over_history(self) -> None:
         """What is new; at first also what stood in the file before."""

@@ -11,20 +11,24 @@ import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
 
 import jinja2
 
 from supervisor_synapse.core.catalog import PROGRAM_NAME, RESERVED_NAMES
+from supervisor_synapse.core.gateway import GatewayPaths, Upstream
 from supervisor_synapse.core.model import Program
 from supervisor_synapse.core.plan import mib
-from supervisor_synapse.core.settings import StopPolicy
+from supervisor_synapse.core.settings import GatewaySettings, StopPolicy
 from supervisor_synapse.errors import ConfigError
 
 MAIN_TEMPLATE = "supervisord.conf.j2"
 PROGRAM_TEMPLATE = "program.conf.j2"
+GATEWAY_TEMPLATE = "haproxy.cfg.j2"
+GATEWAY_BLOCK_TEMPLATE = "gateway.conf.j2"
+GATEWAY_LUA = "gateway.lua"
 
 _PATH = re.compile(r"/[A-Za-z0-9_@+=:,./-]*( [A-Za-z0-9_@+=:,./-]+)*")
 _ARGUMENT = re.compile(r"[A-Za-z0-9_@%+=:,./\[\]{}\"*^| -]*")
@@ -196,6 +200,69 @@ def render_program(templates: Templates, program: Program, around: Surroundings)
         },
     )
     return Block(program.name, text, command, _ENVIRONMENT, log_file)
+
+
+def render_gateway(
+    templates: Templates,
+    settings: GatewaySettings,
+    upstreams: Sequence[Upstream],
+    paths: GatewayPaths,
+) -> str:
+    """HAProxy's configuration.
+
+    Raises:
+        ConfigError: a value does not pass the allow-list, or the template is broken.
+    """
+    address = Upstream("gateway", settings.host, settings.port).address
+    certificate = settings.tls_certificate
+    return templates.render(
+        GATEWAY_TEMPLATE,
+        {
+            "bind": address,
+            "bind_options": f" ssl crt {_word(certificate)}" if certificate else "",
+            "key_file": _word(settings.api_key_file) if settings.api_key_file else "",
+            "max_connections": settings.max_connections,
+            "max_body_bytes": settings.max_body_bytes,
+            "hold_seconds": settings.hold_seconds,
+            "backends": [{"name": _name(one.name), "address": one.address} for one in upstreams],
+            **{key: _word(path) for key, path in asdict(paths).items()},
+        },
+    )
+
+
+def render_gateway_block(
+    templates: Templates,
+    command: Sequence[str],
+    directory: str,
+    log_file: str,
+    settings: GatewaySettings,
+) -> str:
+    """supervisord's program for the gateway.
+
+    Raises:
+        ConfigError: a value does not pass the allow-list, or the template is broken.
+    """
+    return templates.render(
+        GATEWAY_BLOCK_TEMPLATE,
+        {
+            "command": " ".join(_quoted(word) for word in command),
+            "directory": _plain(directory),
+            "log_file": _plain(log_file),
+            "host": settings.host,
+            "port": settings.port,
+        },
+    )
+
+
+def _name(name: str) -> str:
+    if not PROGRAM_NAME.fullmatch(name) or name in RESERVED_NAMES:
+        raise ValueRefused(f"{name[:200]!a} is not a name that a model's program may have")
+    return name
+
+
+def _word(path: str) -> str:
+    """A path as one word of HAProxy's."""
+    return _plain(path).replace(" ", "\\ ")
 
 
 def _command(program: Program, around: Surroundings) -> tuple[str, ...]:

@@ -123,6 +123,20 @@ class Deployment:
         return self.run / "ledger.json"
 
     @property
+    def gateway(self) -> Path:
+        """What the gateway reads beside its configuration, and what of that was good."""
+        return self.lib / "gateway"
+
+    @property
+    def gateway_config(self) -> Path:
+        return self.etc / "haproxy.cfg"
+
+    @property
+    def gateway_socket(self) -> Path:
+        """HAProxy's runtime socket. The launchers look for it beside the ledger."""
+        return self.run / "gateway.sock"
+
+    @property
     def discovery_lock(self) -> Path:
         """Held by a discovery until all is done."""
         return self.run / "discover.lock"
@@ -136,7 +150,7 @@ class Deployment:
         """Every folder of the deployment, outer ones first."""
         return (
             self.prefix, self.etc, self.blocks, self.templates, self.prefix / "var", self.links,
-            self.lib, self.generations, self.kept_blocks, self.log, self.run,
+            self.lib, self.generations, self.kept_blocks, self.gateway, self.log, self.run,
         )  # fmt: skip
 
     def block(self, name: str) -> Path:

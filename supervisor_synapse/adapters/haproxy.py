@@ -20,7 +20,7 @@ OLDEST = (2, 6)
 _VERSION = re.compile(r"HAProxy version (\d+)\.(\d+)\S*")
 _ASK_SECONDS = 5.0
 _CHECK_SECONDS = 20.0
-_TIMEOUT_SECONDS = 2.0
+_TIMEOUT_SECONDS = 1.0
 _LARGEST_ANSWER_BYTES = 4 * 1024 * 1024
 
 

@@ -274,6 +274,10 @@ class Supervisord:
         """Ask for a start; a program that runs already is no error."""
         self._expecting(Fault.ALREADY_STARTED, "supervisor.startProcess", name, False)
 
+    def signal(self, name: str, signal: str) -> None:
+        """Send a signal, by its name; a program that does not run is no error."""
+        self._expecting(Fault.NOT_RUNNING, "supervisor.signalProcess", name, signal)
+
     def stop(self, name: str) -> None:
         """Ask for a stop; a program that does not run is no error."""
         self._expecting(Fault.NOT_RUNNING, "supervisor.stopProcess", name, False)

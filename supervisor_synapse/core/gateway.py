@@ -23,6 +23,31 @@ _LONGEST_REASON = 300
 
 
 @dataclass(frozen=True, slots=True)
+class GatewayPaths:
+    """The files and sockets that the gateway's configuration names."""
+
+    socket: str
+    again_socket: str
+    supervisord_socket: str
+    routes_map: str
+    models_map: str
+    lua: str
+
+
+@dataclass(frozen=True, slots=True)
+class Upstream:
+    """Where one model's server listens, for the gateway."""
+
+    name: str
+    host: str
+    port: int
+
+    @property
+    def address(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
 class Verdict:
     """What becomes of a request for one model: `serve`, `hold`, `demand` or `refuse`.
 

@@ -76,6 +76,21 @@ class StopPolicy:
 
 
 @dataclass(frozen=True, slots=True)
+class GatewaySettings:
+    """One address for all models, by HAProxy."""
+
+    enabled: bool | None = None  # None: where haproxy is found
+    host: str = "127.0.0.1"
+    port: int = 8080
+    hold_seconds: int = 60  # a request for a model that is on its way waits so long
+    max_body_bytes: int = 8 * MIB
+    max_connections: int = 256
+    api_key_file: str = ""
+    tls_certificate: str = ""
+    idle_stop_seconds: int = 0  # what nobody has used for so long is stopped; 0: never
+
+
+@dataclass(frozen=True, slots=True)
 class TierRule:
     """One tier: models up to `max_parameters` (None: any) that no smaller tier took."""
 
@@ -149,6 +164,7 @@ class Settings:
     probe: ProbePolicy = ProbePolicy()
     restart: RestartPolicy = RestartPolicy()
     stop: StopPolicy = StopPolicy()
+    gateway: GatewaySettings = GatewaySettings()
     tiers: tuple[TierRule, ...] = DEFAULT_TIERS
     models: tuple[ModelRule, ...] = field(default=())
 

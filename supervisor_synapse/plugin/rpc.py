@@ -310,6 +310,8 @@ _STOPPABLE = (ProcessStates.RUNNING, ProcessStates.STARTING)
 
 
 def _is_model(process: Any) -> bool:
-    """Whether our launcher runs it."""
+    """Whether our launcher runs it, and it is not the gateway."""
+    if getattr(process.config, "name", "") == "gateway":
+        return False
     command = str(getattr(process.config, "command", ""))
     return "synapse-run" in command or "supervisor_synapse.launcher" in command
