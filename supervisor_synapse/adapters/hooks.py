@@ -197,20 +197,26 @@ def post(url: str, header_file: str, text: str, seconds: float) -> Outcome:
             with session.post(
                 url, text.encode("ascii"), allow_redirects=False, timeout=seconds, stream=True
             ) as answer:
-                return _judged(answer)
+                outcome = _judged(answer)
         except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
             is_late = deadline.is_over or isinstance(error, requests.Timeout)
             return _no_answer(url, error, seconds if is_late else None)
         except ValueError as error:  # what requests thinks is no address
             return Outcome(f"{_place(url)}: {type(error).__name__}")
+        # One that was cut off in its headers looks like a whole one.
+        return _too_late(url, seconds) if deadline.is_over and not outcome.problem else outcome
 
 
 def _no_answer(url: str, error: Exception, seconds: float | None) -> Outcome:
     """`seconds`: how long was waited, where that was too long."""
     if seconds is not None:
-        return Outcome(f"{_place(url)} gave no answer within {seconds:g} s", may_pass=True)
+        return _too_late(url, seconds)
     is_for_good = isinstance(error, requests.exceptions.SSLError | requests.exceptions.InvalidURL)
     return Outcome(f"{_place(url)}: {_cause(error)}", may_pass=not is_for_good)
+
+
+def _too_late(url: str, seconds: float) -> Outcome:
+    return Outcome(f"{_place(url)} gave no answer within {seconds:g} s", may_pass=True)
 
 
 def _judged(answer: requests.Response) -> Outcome:
