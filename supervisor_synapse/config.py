@@ -26,6 +26,7 @@ from supervisor_synapse.core.model import Phase, Tier
 from supervisor_synapse.core.settings import (
     DEFAULT_TIERS,
     Enable,
+    GatewaySettings,
     ModelRule,
     ModelSettings,
     NotifyPolicy,
@@ -122,6 +123,18 @@ def _parse_host(text: str) -> str:
         return "127.0.0.1" if text == "localhost" else str(ipaddress.ip_address(text))
     except ValueError:
         raise ValueError(f"{text!a} is not an IP address such as 127.0.0.1") from None
+
+
+def _parse_bind(text: str) -> tuple[str, int]:
+    """`127.0.0.1:8080`, `[::1]:8080`."""
+    match = re.fullmatch(r"\[?([0-9A-Za-z.:]{1,60}?)\]?:([0-9]{1,5})", text.strip())
+    try:
+        host, port = (_parse_host(match[1]), int(match[2])) if match else ("", 0)
+    except ValueError:
+        port = 0
+    if not 1 <= port <= 65535:
+        raise ValueError(f"{text[:_LONGEST_QUOTED]!a} is not an address such as 127.0.0.1:8080")
+    return host, port
 
 
 def _parse_folders(text: str) -> tuple[str, ...]:
@@ -543,6 +556,65 @@ class _Notify(Section):
         return self
 
 
+class _Gateway(Section):
+    """One OpenAI-compatible address for all models, by HAProxy (2.6 or newer, with Lua).
+
+    A request names its model in its body (`model`) or in its path (`/model/NAME/v1/...`): by
+    program name, alias, repo, or tier (`fast`, `balanced`, `powerful`: the best that is ready).
+    """
+
+    enabled: Annotated[
+        bool | None, _from_text(_auto(_parse_boolean)),
+        Words("`true` or `false`", otherwise="auto", unsaid="where `haproxy` is on PATH"),
+    ] = Field(None, description="Whether there is a gateway.", examples=["true"])  # fmt: skip
+    bind: Annotated[
+        tuple[str, int], _from_text(_parse_bind), Words("an IP address and a port")
+    ] = Field(
+        ("127.0.0.1", 8080),
+        description="Where it listens. Anything but loopback should have `api_key_file`, and "
+        "`tls_certificate` where the network is not yours alone.",
+        examples=["0.0.0.0:8443"],
+    )  # fmt: skip
+    hold_seconds: Annotated[int, Field(ge=1, le=3600)] = Field(
+        60,
+        description="How long a request waits for a model that is loading, restarting, being "
+        "swapped or on its way because it was asked for. Then the answer is 503.",
+        examples=["120"],
+    )
+    max_body: Annotated[
+        int, Field(ge=64 * 1024, le=256 * 1024 * 1024), _from_text(parse_bytes),
+        Words("a size within 64KiB-256MiB"),
+    ] = Field(
+        8 * 1024 * 1024,
+        description="The largest body in which a model is looked for; a larger one is refused with "
+        "413, unless its path names the model. A busy connection may take twice as much memory.",
+        examples=["32MiB"],
+    )  # fmt: skip
+    max_connections: Annotated[int, Field(ge=1, le=10000), Words(unit="connections")] = Field(
+        256,
+        description="How many clients are served at a time; the rest waits to be accepted. As many "
+        "requests are held at most.",
+        examples=["64"],
+    )
+    api_key_file: Annotated[_File, Words(unsaid="no key is asked for")] = Field(
+        "",
+        description="A file with one key a line, mode 0600. A request needs one of them as "
+        "`Authorization: Bearer KEY`.",
+        examples=["~/.synapse/etc/gateway.keys"],
+    )
+    tls_certificate: Annotated[_File, Words(unsaid="plain HTTP")] = Field(
+        "",
+        description="A file with a certificate, its chain and its private key (PEM), mode 0600.",
+        examples=["~/.synapse/etc/gateway.pem"],
+    )
+    idle_stop_seconds: _WholeSeconds = Field(
+        0,
+        description="A model that nobody has used for so long is stopped, and comes back when it "
+        "is asked for. 0: never. A pinned one stays.",
+        examples=["1800"],
+    )
+
+
 class _Tier(Section):
     """A tier of models: which belong to it, and when and how large they start.
 
@@ -696,6 +768,7 @@ _PATTERNS_IN_WORDS = {
 
 _FIXED: dict[str, type[Section]] = {
     "synapse": _Synapse, "probe": _Probe, "restart": _Restart, "stop": _Stop, "notify": _Notify,
+    "gateway": _Gateway,
 }  # fmt: skip
 _TIER_DEFAULTS = {f"tier:{rule.tier.value}": rule for rule in DEFAULT_TIERS}
 # Every section by the name it has in the documentation.
@@ -902,8 +975,14 @@ def _settings(
         probe=ProbePolicy(**fixed["probe"].model_dump()),
         restart=RestartPolicy(**fixed["restart"].model_dump()),
         stop=StopPolicy(**fixed["stop"].model_dump()), notify=_notify_policy(fixed["notify"]),
-        tiers=tiers, models=rules,
+        gateway=_gateway_settings(fixed["gateway"]), tiers=tiers, models=rules,
     )  # fmt: skip
+
+
+def _gateway_settings(said: _Gateway) -> GatewaySettings:
+    host, port = said.bind
+    rest = said.model_dump(exclude={"bind", "max_body"})
+    return GatewaySettings(host=host, port=port, max_body_bytes=said.max_body, **rest)
 
 
 def _notify_policy(said: _Notify) -> NotifyPolicy:

@@ -166,7 +166,7 @@ def _default(section: str, key: str, field: FieldInfo, words: Words) -> str:
         )
     if field.default in (None, "", ()):
         return words.unsaid or "nothing"
-    return f"`{shown(field.default)}`"
+    return f"`{shown(field.default, key)}`"
 
 
 def shown(value: object, key: str = "") -> str:
@@ -180,10 +180,14 @@ def shown(value: object, key: str = "") -> str:
             return f"{value.bytes // MIB}MiB"
         case (int(), int()):
             return "-".join(map(str, value))
+        case (str() as host, int() as port):
+            return f"{host}:{port}"
         case tuple():
             return ", ".join(value)
         case None:
             return "any"
+        case int() if key == "max_body":
+            return f"{value // MIB}MiB"
         case int() if key == "max_parameters":
             return f"{value // 10**9}B"
         case float():
