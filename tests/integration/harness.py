@@ -256,7 +256,10 @@ class Deployment:
         """Write etc/synapse.conf: our port range, then `settings` (which begins in [synapse])."""
         ports = f"port_range = {self.ports[0]}-{self.ports[-1]}"
         path = self.etc / "synapse.conf"
-        path.write_text(f"[synapse]\n{ports}\n{settings}\n", "utf-8", "surrogateescape")
+        # Deployments of tests would all listen on the same port.
+        gateway = "" if "[gateway]" in settings else "[gateway]\nenabled = false\n"
+        text = f"[synapse]\n{ports}\n{settings}\n{gateway}"
+        path.write_text(text, "utf-8", "surrogateescape")
         path.chmod(0o600)
 
     def environment(self) -> dict[str, str]:
