@@ -73,24 +73,38 @@ local function ask_for(program)
   socket:close()
 end
 
--- Until its server is up. HAProxy ends this when the caller goes away, and nobody asks any more.
-local function hold(program, caller)
+local function resolve(word)
+  local program = routes:lookup(word) or routes:lookup(word:lower())
+  return program and core.backends[program] and program
+end
+
+-- Until a server is up that may answer: the program, or nil and why none does. What a word means
+-- may change meanwhile. HAProxy ends this when the caller goes away, and nobody asks any more.
+local function hold(word, caller)
   local deadline = core.now().sec + HOLD_SECONDS
+  local refusals = 0
   while core.now().sec < deadline do
     waiting[caller] = core.now().sec
+    local program = resolve(word)
+    if not program then
+      return nil, "it is there no more"
+    end
     if is_up(program) then
-      return nil
+      return program
     end
     local verdict, reason = (models:lookup(program) or "hold"):match("^(%S+) ?(.*)$")
     if verdict == "refuse" then
-      return reason
-    end
-    if verdict == "demand" then
+      -- Once more: the two maps are not replaced in the same instant.
+      refusals = refusals + 1
+      if refusals > 2 then
+        return nil, reason
+      end
+    elseif verdict == "demand" then
       ask_for(program)
     end
     core.msleep(LOOK_MS)
   end
-  return "it was not ready within " .. HOLD_SECONDS .. " s"
+  return nil, "it was not ready within " .. HOLD_SECONDS .. " s"
 end
 
 local function count_waiting()
@@ -112,26 +126,27 @@ local function route(txn)
       "name a model: a JSON body with model, or a path that begins with /model/NAME/")
     return
   end
-  local program = routes:lookup(word) or routes:lookup(word:lower())
-  if not program or not core.backends[program] then
+  local program = resolve(word)
+  if not program then
     fail(txn, 404, "invalid_request_error", "model_not_found",
       "there is no model " .. word, ',"models":' .. (models:lookup("*names") or "[]"))
     return
   end
-  txn:set_var("txn.program", program)
   if not is_up(program) then
     if count_waiting() >= MOST_HELD then
       fail(txn, 503, "overloaded_error", "model_not_ready", program .. ": too many wait already")
       return
     end
     local caller = {}
-    local reason = hold(program, caller)
+    local found, reason = hold(word, caller)
     waiting[caller] = nil
-    if reason then
+    if not found then
       fail(txn, 503, "overloaded_error", "model_not_ready", program .. ": " .. reason)
       return
     end
+    program = found
   end
+  txn:set_var("txn.program", program)
   local fallback = (models:lookup(program) or ""):match("^serve (%S+)$")
   if fallback then
     txn:set_var("txn.fallback", fallback)
