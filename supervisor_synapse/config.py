@@ -481,8 +481,8 @@ class _Notify(Section):
 
     ```json
     {"when": 1769860800.25, "model": "qwen2.5-1.5b-instruct-q4_k_m", "from": "ready",
-     "to": "backoff", "reason": "crashed: killed by SIGKILL; starts again after 1.1 s",
-     "class": "crashed", "evidence": "killed by SIGKILL",
+     "to": "backoff", "reason": "crashed; starts again after 1.1 s", "class": "crashed",
+     "evidence": "synapse-run: ended by itself: server=SIGSEGV, seconds=700.12",
      "incarnation": {"pid": 4711, "started": 1769860700},
      "hostname": "box", "prefix": "/home/you/.synapse", "suppressed": 0}
     ```
