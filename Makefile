@@ -4,6 +4,7 @@
 # make faults  each fault, COUNT times in a row (20), within the times promised
 # make bench  the benchmarks; figures in README.md
 # make lint   ruff, mypy, import contracts
+# make docs   docs/configuration.md anew, from the settings model
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,7 +13,7 @@ ARGS ?=
 PYTEST_ARGS ?=
 COUNT ?=
 
-.PHONY: run test real stress faults lint bench clean
+.PHONY: run test real stress faults lint bench docs clean
 
 run: $(VENV)/.run
 	@exec $(BIN)/synapse up $(ARGS)
@@ -42,6 +43,10 @@ lint: $(VENV)/.test
 
 bench: $(VENV)/.real
 	$(BIN)/python -m tests.bench
+
+docs: $(VENV)/.run
+	$(BIN)/python -m supervisor_synapse.reference > docs/configuration.md.new
+	mv docs/configuration.md.new docs/configuration.md
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

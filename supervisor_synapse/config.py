@@ -14,19 +14,21 @@ import re
 import shlex
 import stat
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
+from urllib.parse import SplitResult, urlsplit
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from supervisor_synapse.core.model import Tier
+from supervisor_synapse.core.model import Phase, Tier
 from supervisor_synapse.core.settings import (
     DEFAULT_TIERS,
     Enable,
     ModelRule,
     ModelSettings,
+    NotifyPolicy,
     ProbePolicy,
     Reserve,
     RestartPolicy,
@@ -49,7 +51,11 @@ _LARGEST_BYTES = 1024 * 1024
 _LONGEST_QUOTED = 120
 _SECOND_MARK = "\0"  # marks the name of a section that stands twice, while reading on
 _KEYS_SHOW = "keys show in ps: "
-_OWNED_ARGUMENTS = {
+_MOST_WORDS = 64  # of a command
+_URL = re.compile(r"[\x21-\x7e]{1,2000}")
+_FAILURE = "failure"  # beside the phases, an event
+_ALL_EVENTS = "all"
+OWNED_ARGUMENTS = {
     option: why
     for options, why in (
         ("-m --model", "the model file comes from discovery"),
@@ -158,8 +164,8 @@ def _parse_arguments(text: str) -> tuple[str, ...]:
                 'letters, digits and _@%+=:,./[]{}"*^|-'
             )
         option = word.split("=", 1)[0]
-        if option in _OWNED_ARGUMENTS:
-            raise ValueError(f"{option} is not set through args: {_OWNED_ARGUMENTS[option]}")
+        if option in OWNED_ARGUMENTS:
+            raise ValueError(f"{option} is not set through args: {OWNED_ARGUMENTS[option]}")
     return tuple(words)
 
 
@@ -180,6 +186,74 @@ def _parse_device(text: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9:_-]{1,40}(,[A-Za-z0-9:_-]{1,40}){0,15}", text):
         raise ValueError(f"{text!a} is not a device such as CUDA0, Vulkan0,Vulkan1 or none")
     return text
+
+
+def _parse_file(text: str) -> str:
+    """An absolute path; `~` is the home folder. Nothing is no file."""
+    path = os.path.expanduser(text.strip())
+    if path and not (path.startswith("/") and path.isprintable()):
+        raise ValueError(f"{path[:_LONGEST_QUOTED]!a} is not an absolute path")
+    return path
+
+
+def _parse_command(text: str) -> tuple[str, ...]:
+    """Words as a shell would split them. An argument may be private: none is quoted."""
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise ValueError(f"cannot be split into words: {error}; balance its quotes") from None
+    if len(words) > _MOST_WORDS or not all(word.isprintable() for word in words):
+        raise ValueError(f"must be at most {_MOST_WORDS} words without control characters")
+    program = os.path.expanduser(words[0]) if words else ""
+    if program and not program.startswith("/"):
+        raise ValueError("must begin with the absolute path of a program (or with ~/)")
+    return (program, *words[1:]) if program else ()
+
+
+def _parse_url(text: str) -> str:
+    """Never quoted where it is wrong: there may be a key in it."""
+    if not text:
+        return ""
+    try:
+        parts = urlsplit(text)
+    except ValueError:
+        parts = urlsplit("")
+    if not _URL.fullmatch(text) or parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("must be an address such as https://example.org/hook")
+    if parts.username is not None or parts.password is not None or parts.fragment:
+        raise ValueError(
+            "must name no user, password or #fragment; put an Authorization header into "
+            "url_header_file"
+        )
+    try:
+        _ = parts.port
+    except ValueError:
+        raise ValueError("must have a port within 1-65535") from None
+    return text
+
+
+def _is_safe_for_keys(parts: SplitResult) -> bool:
+    """Whether nobody on the way can read what is sent."""
+    try:
+        is_loopback = ipaddress.ip_address(parts.hostname or "").is_loopback
+    except ValueError:
+        is_loopback = parts.hostname == "localhost"
+    return parts.scheme == "https" or is_loopback
+
+
+def _parse_events(text: str) -> tuple[str, ...]:
+    """Names of phases, `failure`, or `all`; each once."""
+    known = [_FAILURE, *(phase.value for phase in Phase), _ALL_EVENTS]
+    names = _listed(text.lower())
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{name[:_LONGEST_QUOTED]!a} is no event: {', '.join(known)}")
+    return names
+
+
+def _listed(text: str) -> tuple[str, ...]:
+    """What stands between commas, blanks and line ends; each once."""
+    return tuple(dict.fromkeys(re.split(r"[,\s]+", text.strip(" ,\n\t")))) if text.strip() else ()
 
 
 def _auto(parse: Callable[[str], Any]) -> Callable[[Any], Any]:
@@ -207,40 +281,180 @@ def _endpoints_in(rules: Iterable[ModelRule]) -> tuple[str, ...]:
     return tuple(endpoint for endpoint in found if endpoint)
 
 
-class _Section(BaseModel):
+@dataclass(frozen=True, slots=True)
+class Words:
+    """What people are told of a key where its type does not say it; see reference.py."""
+
+    allowed: str = ""  # in place of what the type says
+    otherwise: str = ""  # what else it may be: auto, any
+    unit: str = ""
+    unsaid: str = ""  # what holds where the default is nothing
+
+
+_Boolean = Annotated[bool, _from_text(_parse_boolean), Words("`true` or `false`")]
+_Folders = Annotated[
+    tuple[str, ...], _from_text(_parse_folders),
+    Words("absolute paths, `~/` for your home folder; one a line, or separated by commas"),
+]  # fmt: skip
+_File = Annotated[str, _from_text(_parse_file), Words("an absolute path, or one below `~/`")]
+_Context = Annotated[int, Field(ge=256, le=2**24), Words(unit="tokens")]
+
+
+class Section(BaseModel):
+    """One section of synapse.conf. Its docstring and those of its keys are its documentation."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
 
-class _Synapse(_Section):
-    cache_dirs: Annotated[tuple[str, ...], _from_text(_parse_folders)] = ()
-    model_dirs: Annotated[tuple[str, ...], _from_text(_parse_folders)] = ()
-    engine: Annotated[str, Field(pattern=r"^(auto|[/~].*)$")] = "auto"
-    rpc: Annotated[tuple[str, ...], _from_text(_parse_endpoints)] = ()
-    port_range: Annotated[tuple[int, int], _from_text(_parse_port_range)] = (8100, 8199)
-    host: Annotated[str, _from_text(_parse_host)] = "127.0.0.1"
-    enable: Enable = Enable.FIT
-    max_parallel: Annotated[int, Field(ge=1, le=64)] = 3
-    memory_reserve: Annotated[Reserve, _from_text(_parse_reserve)] = Reserve()
-    when_full: WhenFull = WhenFull.DEGRADE
-    climb_after_seconds: Annotated[int, Field(ge=1, le=86400)] = 60
-    overcommit_sleepers: bool = False
-    trial_seconds: Annotated[int, Field(ge=1, le=86400)] = 60
+class _Synapse(Section):
+    """Where models are, which of them run, and what they share."""
+
+    cache_dirs: Annotated[_Folders, Words(unsaid="the hub cache of huggingface_hub")] = Field(
+        (),
+        description="Hugging Face hub caches that are searched for models. Unless said, the one "
+        "that `HF_HUB_CACHE`, `HF_HOME` or `XDG_CACHE_HOME` lead to: `~/.cache/huggingface/hub`.",
+        examples=["/srv/models/hub"],
+    )
+    model_dirs: _Folders = Field(
+        (),
+        description="Further folders that are searched for `*.gguf`, at any depth: those of LM "
+        "Studio, llama.cpp, or your own.",
+        examples=["~/.lmstudio/models, /srv/gguf"],
+    )
+    engine: Annotated[
+        str, Field(pattern=r"^(auto|[/~].*)$"),
+        Words("`auto`, or a path that begins with `/` or `~`"),
+    ] = Field(
+        "auto",
+        description="Which `llama-server` runs the models. `auto`: the one of the extra `engine`, "
+        "else the one on PATH. Nobody but you may be able to write to it.",
+        examples=["/opt/llama.cpp/bin/llama-server"],
+    )  # fmt: skip
+    rpc: Annotated[
+        tuple[str, ...], _from_text(_parse_endpoints),
+        Words(f"`host:port`, separated by commas, at most {_MOST_ENDPOINTS}"),
+    ] = Field(
+        (),
+        description="Devices of other machines: where their `ggml-rpc-server` listens. They are "
+        "`RPC0`, `RPC1` ... in this order. It knows no password: on a trusted network only.",
+        examples=["192.168.1.20:50052, gpu-box.lan:50052"],
+    )  # fmt: skip
+    port_range: Annotated[
+        tuple[int, int], _from_text(_parse_port_range),
+        Words("a first and a last port within 1024-65535"),
+    ] = Field(
+        (8100, 8199),
+        description="From which models get their ports. A model keeps its port as long as that "
+        "stays in the range.",
+        examples=["9000-9049"],
+    )  # fmt: skip
+    host: Annotated[
+        str, _from_text(_parse_host), Words("an IP address, or `localhost`")
+    ] = Field(
+        "127.0.0.1",
+        description="The address at which models listen. Anything but loopback lets others use "
+        "them: llama-server asks for no key unless `args` has `--api-key-file`.",
+        examples=["192.168.1.20"],
+    )  # fmt: skip
+    enable: Enable = Field(
+        Enable.FIT,
+        description="Which models run where no `[model:...]` section says. `fit`: as many as "
+        "memory holds, by priority, one quantization of each repo. `all`, `none`: as they say.",
+        examples=["none"],
+    )
+    max_parallel: Annotated[int, Field(ge=1, le=64), Words(unit="models")] = Field(
+        3, description="How many models load at the same time.", examples=["1"]
+    )
+    memory_reserve: Annotated[
+        Reserve, _from_text(_parse_reserve),
+        Words("a size such as `512MiB` or `2GiB`, or a percentage such as `5%`"),
+    ] = Field(
+        Reserve(),
+        description="Memory that is kept free on each device, the host included. A percentage is "
+        "of what the device has.",
+        examples=["2GiB"],
+    )  # fmt: skip
+    when_full: WhenFull = Field(
+        WhenFull.DEGRADE,
+        description="What becomes of a model for which there is no room. `degrade`: it steps down "
+        "its ladder (a smaller context, fewer layers on the device, a smaller quantization, its "
+        "fallback). `evict`: the least important idle model makes room. `wait`: it is deferred. "
+        "`refuse`: it is failed until you enable it again.",
+        examples=["evict"],
+    )
+    climb_after_seconds: Annotated[int, Field(ge=1, le=86400)] = Field(
+        60,
+        description="How long there must be room before a model that was degraded steps up again.",
+        examples=["300"],
+    )
+    overcommit_sleepers: _Boolean = Field(
+        False,
+        description="Whether a model that sleeps (see `sleep_idle_seconds`) gives its memory to "
+        "others. If so, one that wakes and finds no room waits for it, deferred.",
+        examples=["true"],
+    )
+    trial_seconds: Annotated[int, Field(ge=1, le=86400)] = Field(
+        60,
+        description="How long a changed model must be ready without a break to have proved "
+        "itself. If it fails before that, its former block is put back.",
+        examples=["300"],
+    )
 
 
-class _Probe(_Section):
-    period_seconds: _Seconds = 5.0
-    timeout_seconds: _Seconds = 2.0
-    failure_threshold: Annotated[int, Field(ge=1, le=100)] = 3
-    stall_seconds: _Seconds = 120.0
+class _Probe(Section):
+    """How servers are looked at."""
+
+    period_seconds: _Seconds = Field(
+        5.0, description="Between two looks at a server.", examples=["2"]
+    )
+    timeout_seconds: _Seconds = Field(
+        2.0, description="How long the answer to a quick question may take.", examples=["5"]
+    )
+    failure_threshold: Annotated[int, Field(ge=1, le=100), Words(unit="probes")] = Field(
+        3,
+        description="How many probes in a row must fail before a model that was ready is "
+        "unhealthy. One is enough where the kernel says that its process was stopped.",
+        examples=["5"],
+    )
+    stall_seconds: _Seconds = Field(
+        120.0,
+        description="A server that is busy and moves no counter for so long is wedged, and is "
+        "restarted. Longer than the slowest batch takes.",
+        examples=["300"],
+    )
 
 
-class _Restart(_Section):
-    backoff_initial_seconds: _Seconds = 1.0
-    backoff_factor: Annotated[float, Field(ge=1, le=100)] = 2.0
-    backoff_max_seconds: _Seconds = 300.0
-    intensity: Annotated[int, Field(ge=1, le=1000)] = 5
-    period_seconds: _Seconds = 600.0
-    cooldown_seconds: _Seconds = 900.0
+class _Restart(Section):
+    """When a model that failed is started again."""
+
+    backoff_initial_seconds: _Seconds = Field(
+        1.0, description="The wait before the first restart.", examples=["5"]
+    )
+    backoff_factor: Annotated[float, Field(ge=1, le=100)] = Field(
+        2.0, description="By how much each wait is longer than the one before.", examples=["1.5"]
+    )
+    backoff_max_seconds: _Seconds = Field(
+        300.0,
+        description="The longest wait. At least `backoff_initial_seconds`.",
+        examples=["60"],
+    )
+    intensity: Annotated[int, Field(ge=1, le=1000), Words(unit="failures")] = Field(
+        5,
+        description="So many failures within `period_seconds` open the breaker: the model is "
+        "failed, and left alone.",
+        examples=["10"],
+    )
+    period_seconds: _Seconds = Field(
+        600.0,
+        description="The time within which failures are counted. A model that was ready for so "
+        "long is forgiven all.",
+        examples=["3600"],
+    )
+    cooldown_seconds: _Seconds = Field(
+        900.0,
+        description="How long the breaker stays open; then there is one trial.",
+        examples=["300"],
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> _Restart:
@@ -249,31 +463,237 @@ class _Restart(_Section):
         return self
 
 
-class _Stop(_Section):
-    drain_seconds: _WholeSeconds = 30
-    term_seconds: Annotated[int, Field(ge=1, le=600)] = 2
+class _Stop(Section):
+    """How a model is stopped. These stand in its block, so a change restarts the models."""
+
+    drain_seconds: _WholeSeconds = Field(
+        30, description="How long requests under way may go on.", examples=["120"]
+    )
+    term_seconds: Annotated[int, Field(ge=1, le=600)] = Field(
+        2, description="Between TERM, the second TERM, and KILL.", examples=["5"]
+    )
 
 
-class _Tier(_Section):
-    max_parameters: Annotated[int | None, _from_text(parse_count)] = None
-    priority: Annotated[int, Field(ge=0, le=1000)] = 0
-    min_context: Annotated[int, Field(ge=256, le=2**24)] = 2048
-    max_context: Annotated[int, Field(ge=256, le=2**24)] = 16384
+class _Notify(Section):
+    """Who is told when a model changes its phase: a command, a webhook, or both.
+
+    Each gets one JSON object, here a crash:
+
+    ```json
+    {"when": 1769860800.25, "model": "qwen2.5-1.5b-instruct-q4_k_m", "from": "ready",
+     "to": "backoff", "reason": "crashed; starts again after 1.1 s", "class": "crashed",
+     "evidence": "synapse-run: ended by itself: server=SIGSEGV, seconds=700.12",
+     "incarnation": {"pid": 4711, "started": 1769860700},
+     "hostname": "box", "prefix": "/home/you/.synapse", "suppressed": 0}
+    ```
+
+    `when` is in seconds since the epoch; `from` is null where a model is seen for the first time,
+    `class` where nothing failed, `incarnation` where nothing ran. `suppressed`: how many before
+    this one were left out. Texts in it come from outside, such as a server's log: never hand them
+    to a shell. A hook that hangs or fails delays nothing, is named in `var/log/synapse.log` at
+    most once a minute, and what it missed counts as suppressed. What is still to be told when
+    supervisord or the listener ends is not told.
+    """
+
+    command: Annotated[
+        tuple[str, ...], _from_text(_parse_command),
+        Words("the absolute path of a program, then its arguments", unsaid="nobody is told"),
+    ] = Field(
+        (),
+        description="A program that gets the object on its stdin. Words are split as in a shell, "
+        "but no shell runs. It gets PATH, HOME, the language, SYNAPSE_PREFIX and little else of "
+        "the environment. It and what it started are killed after `timeout_seconds`. It runs once "
+        "for each notice, also when it fails, since it may have done its work before that. Only "
+        "you (or root) may own it, and nobody else may be able to write to it.",
+        examples=["/home/you/bin/tell-me --quietly"],
+    )  # fmt: skip
+    url: Annotated[
+        str, _from_text(_parse_url),
+        Words("an `http` or `https` address, without user and password", unsaid="nobody is told"),
+    ] = Field(
+        "",
+        description="A webhook that gets the object by POST. No redirect is followed, no proxy "
+        "used, certificates are verified. Where there is no answer, or status 408, 425, 429 or "
+        "5xx, it is tried again after 1 s, and once more after 5 s; so it may get a notice "
+        "twice, with the same `model` and `when`.",
+        examples=["https://example.org/hook"],
+    )  # fmt: skip
+    url_header_file: Annotated[_File, Words(unsaid="no further headers")] = Field(
+        "",
+        description="A file of header lines for the webhook, such as `Authorization: Bearer ...`; "
+        "mode 0600. It is read anew for each notice. Goes with https, or a loopback address.",
+        examples=["~/.synapse/etc/hook.headers"],
+    )
+    events: Annotated[
+        tuple[str, ...], _from_text(_parse_events),
+        Words("phases, `failure`, or `all`; separated by commas"),
+    ] = Field(
+        (_FAILURE, Phase.FAILED.value, Phase.DEFERRED.value, Phase.READY.value),
+        description="What is told: the phases that a model comes into, and `failure`: every line "
+        "of the history that has a failure class, whatever follows. So a crash that heals, and "
+        "a changed block that was refused or taken back, are told too.",
+        examples=["failed, unhealthy"],
+    )  # fmt: skip
+    models: Annotated[
+        tuple[str, ...], _from_text(_listed),
+        Words("patterns for program names, separated by commas or blanks"),
+    ] = Field(("*",), description="Of which models.", examples=["qwen*, gemma-*"])  # fmt: skip
+    timeout_seconds: Annotated[float, Field(gt=0, le=600)] = Field(
+        10.0, description="How long a command may run, or a webhook take, each time.",
+        examples=["30"],
+    )  # fmt: skip
+    most_per_minute: Annotated[int, Field(ge=1, le=1000), Words(unit="notices")] = Field(
+        30,
+        description="How many are told in any minute: half of them at once, the rest evenly. What "
+        "is too much is left out and counted, but the newest of each model is told as soon as "
+        "there is room.",
+        examples=["6"],
+    )
+
+    @model_validator(mode="after")
+    def _keys_are_safe(self) -> _Notify:
+        if self.url and self.url_header_file and not _is_safe_for_keys(urlsplit(self.url)):
+            raise ValueError("url must be https or a loopback address where url_header_file is set")
+        return self
 
 
-class _Model(_Section):
-    enabled: Annotated[bool | None, _from_text(_auto(_parse_boolean))] = None
-    tier: Annotated[Tier | None, _from_text(_auto(_parse_tier))] = None
-    alias: Annotated[str | None, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,99}$")] = None
-    port: Annotated[int | None, Field(ge=1024, le=65535), _from_text(_auto(str))] = None
-    context: Annotated[int | None, Field(ge=256, le=2**24), _from_text(_auto(str))] = None
-    parallel: Annotated[int | None, Field(ge=1, le=256), _from_text(_auto(str))] = None
-    gpu_layers: Annotated[int | None, Field(ge=0, le=9999), _from_text(_auto(str))] = None
-    device: Annotated[str | None, _from_text(_auto(_parse_device))] = None
-    fallback: Annotated[str | None, _from_text(_auto(_parse_name))] = None
-    sleep_idle_seconds: Annotated[int | None, Field(ge=0, le=10**7)] = None
-    pinned: Annotated[bool | None, _from_text(_parse_boolean)] = None
-    args: Annotated[tuple[str, ...] | None, _from_text(_parse_arguments)] = None
+class _Tier(Section):
+    """A tier of models: which belong to it, and when and how large they start.
+
+    `[tier:fast]`, `[tier:balanced]` and `[tier:powerful]`; each key has a default for each tier.
+    """
+
+    max_parameters: Annotated[
+        int | None, _from_text(parse_count),
+        Words("a number of parameters such as `7B` or `500M`", otherwise="any"),
+    ] = Field(
+        None,
+        description="The largest models of this tier; what is larger belongs to the next one. Must "
+        "grow from fast over balanced to powerful.",
+        examples=["4B"],
+    )  # fmt: skip
+    priority: Annotated[int, Field(ge=0, le=1000)] = Field(
+        0,
+        description="Lower starts first, gets memory first, and is evicted last.",
+        examples=["5"],
+    )
+    min_context: _Context = Field(
+        2048,
+        description="The smallest context that is chosen for a model, where memory is scarce.",
+        examples=["8192"],
+    )
+    max_context: _Context = Field(
+        16384,
+        description="The largest context that is chosen for a model, if it was trained for that.",
+        examples=["65536"],
+    )
+
+
+class _Model(Section):
+    """Settings for one model or many: every model whose program name, or `repo/file`, matches GLOB
+    (case does not matter).
+
+    Where several sections match, later ones win, key by key: so general ones come first. `auto` in
+    a later section undoes what an earlier one said. A section that matches nothing is reported.
+    """
+
+    enabled: Annotated[
+        bool | None, _from_text(_auto(_parse_boolean)),
+        Words("`true` or `false`", otherwise="auto", unsaid="as `enable` in `[synapse]` says"),
+    ] = Field(
+        None,
+        description="Whether it runs. What was commanded with `supervisorctl enable` or `disable` "
+        "counts more.",
+        examples=["true"],
+    )  # fmt: skip
+    tier: Annotated[
+        Tier | None, _from_text(_auto(_parse_tier)), Words(otherwise="auto", unsaid="by its size")
+    ] = Field(None, description="The tier to which it belongs.", examples=["balanced"])
+    alias: Annotated[
+        str | None, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,99}$"),
+        Words(
+            "a letter or digit, then at most 99 letters, digits and `._:/-`",
+            unsaid="its program name",
+        ),
+    ] = Field(
+        None, description="The name by which its API knows it (`model` in a request).",
+        examples=["qwen"],
+    )  # fmt: skip
+    port: Annotated[
+        int | None, Field(ge=1024, le=65535), _from_text(_auto(str)),
+        Words(otherwise="auto", unsaid="a free one of `port_range`, kept from then on"),
+    ] = Field(
+        None,
+        description="Where it listens. A port that is said here is not given up when somebody "
+        "else has it.",
+        examples=["8150"],
+    )  # fmt: skip
+    context: Annotated[
+        int | None, Field(ge=256, le=2**24), _from_text(_auto(str)),
+        Words(otherwise="auto", unit="tokens", unsaid="the largest that fits, within its tier's"),
+    ] = Field(
+        None,
+        description="The size of its context (`--ctx-size`), shared by its slots.",
+        examples=["16384"],
+    )  # fmt: skip
+    parallel: Annotated[
+        int | None, Field(ge=1, le=256), _from_text(_auto(str)),
+        Words(otherwise="auto", unit="slots", unsaid="4"),
+    ] = Field(
+        None,
+        description="How many requests it works on at a time (`--parallel`).",
+        examples=["2"],
+    )  # fmt: skip
+    gpu_layers: Annotated[
+        int | None, Field(ge=0, le=9999), _from_text(_auto(str)),
+        Words(otherwise="auto", unit="layers", unsaid="all, or as many as fit"),
+    ] = Field(
+        None,
+        description="How many of its layers lie on its devices (`--gpu-layers`), the rest on the "
+        "host.",
+        examples=["20"],
+    )  # fmt: skip
+    device: Annotated[
+        str | None, _from_text(_auto(_parse_device)),
+        Words(
+            "names of devices as the engine lists them, separated by commas, or `none`: the host",
+            otherwise="auto", unsaid="as few as it takes",
+        ),
+    ] = Field(
+        None,
+        description="Where it lies (`--device`). `supervisorctl devices` lists them.",
+        examples=["CUDA0"],
+    )  # fmt: skip
+    fallback: Annotated[
+        str | None, _from_text(_auto(_parse_name)),
+        Words("the program name of another model", otherwise="auto", unsaid="none"),
+    ] = Field(
+        None,
+        description="A smaller model that serves in its place, on the same port and under the "
+        "same alias, when it was given up or finds no room. That one need not be enabled itself.",
+        examples=["qwen2.5-1.5b-instruct-q4_k_m"],
+    )  # fmt: skip
+    sleep_idle_seconds: Annotated[
+        int | None, Field(ge=0, le=10**7), Words(unsaid="0")
+    ] = Field(
+        None,
+        description="Idle for so long, it frees its weights, and loads them again at the next "
+        "request. 0: never.",
+        examples=["600"],
+    )  # fmt: skip
+    pinned: Annotated[
+        bool | None, _from_text(_parse_boolean), Words("`true` or `false`", unsaid="false")
+    ] = Field(None, description="Whether it is never evicted for another.", examples=["true"])
+    args: Annotated[
+        tuple[str, ...] | None, _from_text(_parse_arguments),
+        Words("words, split as in a shell; letters, digits and `_@%+=:,./[]{}\"*^|-`",
+              unsaid="none"),
+    ] = Field(
+        None,
+        description="Anything else that llama-server takes. The engine is asked whether it takes "
+        "them before a model is stopped for them.",
+        examples=["--flash-attn on --api-key-file /home/you/.synapse/etc/api-keys"],
+    )  # fmt: skip
 
 
 _NOT_A_NUMBER = {
@@ -288,11 +708,13 @@ _PATTERNS_IN_WORDS = {
     "alias": "a letter or digit, then at most 99 letters, digits and ._:/-",
 }
 
-_FIXED: dict[str, type[_Section]] = {
-    "synapse": _Synapse, "probe": _Probe, "restart": _Restart, "stop": _Stop,
+_FIXED: dict[str, type[Section]] = {
+    "synapse": _Synapse, "probe": _Probe, "restart": _Restart, "stop": _Stop, "notify": _Notify,
 }  # fmt: skip
 _TIER_DEFAULTS = {f"tier:{rule.tier.value}": rule for rule in DEFAULT_TIERS}
-_S = TypeVar("_S", bound=_Section)
+# Every section by the name it has in the documentation.
+SECTIONS: Mapping[str, type[Section]] = {**_FIXED, "tier:TIER": _Tier, "model:GLOB": _Model}
+_S = TypeVar("_S", bound=Section)
 
 
 def load(path: Path) -> Settings:
@@ -404,7 +826,7 @@ def _validated(model: type[_S], section: str, values: dict[str, str], problems: 
         return model()
 
 
-def _explain(section: str, error: Any, model: type[_Section]) -> str:
+def _explain(section: str, error: Any, model: type[Section]) -> str:
     key = ".".join(str(part) for part in error["loc"][:1])
     place = f"[{section}] {key}" if key else f"[{section}]"
     if error["type"] == "extra_forbidden":
@@ -418,7 +840,7 @@ def _explain(section: str, error: Any, model: type[_Section]) -> str:
     return f"{place}: {message}"
 
 
-def _in_our_words(kind: str, key: str, message: str, model: type[_Section]) -> str:
+def _in_our_words(kind: str, key: str, message: str, model: type[Section]) -> str:
     """What follows the value that was given: pydantic's words are made for programmers."""
     if kind == "string_pattern_mismatch":
         return f": must be {_PATTERNS_IN_WORDS[key]}"
@@ -493,5 +915,15 @@ def _settings(
         overcommit_sleepers=synapse.overcommit_sleepers, trial_seconds=synapse.trial_seconds,
         probe=ProbePolicy(**fixed["probe"].model_dump()),
         restart=RestartPolicy(**fixed["restart"].model_dump()),
-        stop=StopPolicy(**fixed["stop"].model_dump()), tiers=tiers, models=rules,
+        stop=StopPolicy(**fixed["stop"].model_dump()), notify=_notify_policy(fixed["notify"]),
+        tiers=tiers, models=rules,
+    )  # fmt: skip
+
+
+def _notify_policy(said: _Notify) -> NotifyPolicy:
+    is_all = _ALL_EVENTS in said.events
+    rest = said.model_dump(exclude={"events"})
+    return NotifyPolicy(
+        phases=tuple(phase for phase in Phase if is_all or phase.value in said.events),
+        failures=is_all or _FAILURE in said.events, **rest,
     )  # fmt: skip

@@ -65,6 +65,7 @@ from supervisor_synapse.core.state import (
 from supervisor_synapse.core.trials import Standing, Standings
 from supervisor_synapse.errors import ShuttingDown, TransientError
 from supervisor_synapse.memory import Memory, Run
+from supervisor_synapse.notify import Notifier
 from supervisor_synapse.observe import Observer, Wanted, Watched, planned, slots_busy, usage
 from supervisor_synapse.version import VERSION
 
@@ -127,6 +128,7 @@ class Listener:
         self._wake = asyncio.Event()
         self._observer = Observer(self._wake.set)
         self._memory = Memory(deployment)
+        self._notifier = Notifier(deployment)
         self._ledger = Ledger()
         self._end: str | None = None
         self._world = _World()
@@ -174,6 +176,7 @@ class Listener:
             self._lag_seconds = max(time.monotonic() - ended - pause, 0.0)
         self._observer.close()
         self._memory.close()
+        self._notifier.close()
         with contextlib.suppress(TimeoutError):  # what waits for the disk stands before this
             await asyncio.wait_for(self._to_disk(lambda: None), _LAST_WRITE_SECONDS)
         _log.info("ended", extra={"reason": self._end})
@@ -468,6 +471,7 @@ class Listener:
     def _tell(self, lines: list[history.Line]) -> None:
         for line in lines:
             _log.info("transition", extra=_words(line))
+        self._notifier.tell(lines, self._world.registry.settings.notify)
         if lines:
             self._untold = [*self._untold, *lines][-_MOST_LINES:]
             task = asyncio.create_task(self._append(lines))

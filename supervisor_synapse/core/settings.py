@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from fnmatch import fnmatchcase
 
-from supervisor_synapse.core.model import Tier
+from supervisor_synapse.core.model import Phase, Tier
 
 MIB = 1024 * 1024
 
@@ -73,6 +73,20 @@ class StopPolicy:
     def longest_seconds(self) -> int:
         """After this long a stop has ended, one way or the other."""
         return self.drain_seconds + 2 * self.term_seconds + 5
+
+
+@dataclass(frozen=True, slots=True)
+class NotifyPolicy:
+    """Who is told of transitions (nobody where there is neither command nor url), and of which."""
+
+    command: tuple[str, ...] = ()  # a program and its arguments
+    url: str = ""
+    url_header_file: str = ""
+    phases: tuple[Phase, ...] = (Phase.DEFERRED, Phase.READY, Phase.FAILED)  # that are entered
+    failures: bool = True  # also whatever else is told with a failure
+    models: tuple[str, ...] = ("*",)  # patterns for program names
+    timeout_seconds: float = 10.0
+    most_per_minute: int = 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +163,7 @@ class Settings:
     probe: ProbePolicy = ProbePolicy()
     restart: RestartPolicy = RestartPolicy()
     stop: StopPolicy = StopPolicy()
+    notify: NotifyPolicy = NotifyPolicy()
     tiers: tuple[TierRule, ...] = DEFAULT_TIERS
     models: tuple[ModelRule, ...] = field(default=())
 
