@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from enum import Enum
 from functools import partial
 from http import HTTPStatus
-from itertools import islice
 from typing import Any
 
 from supervisor.web import VIEWS
@@ -344,7 +343,7 @@ _OF_HOLDINGS = (
 
 _UNREADABLE = Metric(
     "synapse_snapshot_unreadable", _GAUGE, (), "",
-    "parts of the listener's snapshot that could not be read, and are left out here",
+    "parts of the listener's snapshot that could not be read, or are too many, and have no samples",
     lambda page: page.unreadable,
 )  # fmt: skip
 
@@ -353,7 +352,7 @@ METRICS: Mapping[tuple[str, ...], tuple[Metric, ...]] = {
     (): (*_OF_THE_PLUGIN, _UNREADABLE), ("model",): _OF_MODELS, ("device",): _OF_DEVICES,
     ("device", "model"): _OF_HOLDINGS,
 }  # fmt: skip
-_EVERY = tuple(metric for some in METRICS.values() for metric in some)
+EVERY = tuple(metric for some in METRICS.values() for metric in some)
 
 
 # --- the text ------------------------------------------------------------------------------------
@@ -364,7 +363,7 @@ class _Page:
 
     def __init__(self) -> None:
         self.unreadable = 0
-        self._samples: dict[str, dict[str, str]] = {metric.name: {} for metric in _EVERY}
+        self._samples: dict[str, dict[str, str]] = {metric.name: {} for metric in EVERY}
 
     def add(self, metrics: Iterable[Metric], subject: object, **own: str) -> None:
         """What `metrics` tell of a subject, which its `own` labels name."""
@@ -387,7 +386,7 @@ class _Page:
                 samples[f"{head},{rest}" if head else rest] = _number(number)
 
     def text(self) -> str:
-        return "".join(self._family(metric) for metric in _EVERY)
+        return "".join(self._family(metric) for metric in EVERY)
 
     def _family(self, metric: Metric) -> str:
         samples, name = self._samples[metric.name], metric.name
@@ -447,15 +446,20 @@ def _named(made: _Page, read: Callable[[], Any]) -> list[tuple[str, Any]]:
     """Objects, each with its name; of two with one name, the first."""
     found: dict[str, Any] = {}
     try:
-        for item in islice(read() or (), _MOST_SUBJECTS):
-            name = item.get("name") if isinstance(item, dict) else None
-            if isinstance(name, str) and _whole(name) not in found:
-                found[_whole(name)] = item
-            else:
+        for item in read() or ():
+            name = _name(item)
+            if name is None or name in found or len(found) >= _MOST_SUBJECTS:
                 made.unreadable += 1
+            else:
+                found[name] = item
     except Exception:  # whatever a snapshot may hold
         made.unreadable += 1
     return list(found.items())
+
+
+def _name(item: object) -> str | None:
+    name = item.get("name") if isinstance(item, dict) else None
+    return _whole(name) if isinstance(name, str) else None
 
 
 # --- the page ------------------------------------------------------------------------------------
