@@ -67,7 +67,6 @@ class Metric:
 
 def _at(*path: str) -> Callable[[Any], object]:
     """What stands there in nested objects; None where nothing does."""
-
     first, *others = path
 
     def read(subject: Any) -> object:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -10,12 +11,13 @@ from dataclasses import dataclass
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from supervisor.xmlrpc import UnixStreamHTTPConnection
 
 from tests.conftest import Engine
 from tests.integration.harness import Deployment, chat, deployed, http, wait_until
 
 LOGIN = ("synapse", "secret")
-_SETTINGS = "[probe]\nperiod_seconds = 1\n[restart]\nbackoff_initial_seconds = 2"
+_SETTINGS = "[probe]\nperiod_seconds = 1\n[restart]\nbackoff_initial_seconds = 5"
 _FIGURES_SECONDS = 30.0  # they are handed over every 5 s
 
 Labels = frozenset[tuple[str, str]]
@@ -74,6 +76,14 @@ def test_nobody_is_let_in_without_the_password(stage: Stage) -> None:
         assert status == 401
         assert b"synapse_" not in body
     assert http(f"{stage.url}/metrics", login=LOGIN)[0] == 200
+
+
+def test_the_owner_needs_no_web_server(stage: Stage) -> None:
+    connection = UnixStreamHTTPConnection("localhost", timeout=10)
+    connection.socketfile = str(stage.at.prefix / "var" / "run" / "supervisor.sock")
+    with contextlib.closing(connection):
+        connection.request("GET", "/metrics")
+        assert b"\nsynapse_up 1\n" in connection.getresponse().read()
 
 
 def test_only_get_is_answered_whatever_the_address_says(stage: Stage) -> None:

@@ -22,6 +22,7 @@ _RULES = _ROOT / "etc" / "prometheus" / "synapse.rules.yml"
 _SCRAPES = _ROOT / "etc" / "prometheus" / "prometheus.yml"
 _DASHBOARD = _ROOT / "etc" / "grafana" / "synapse.json"
 _REFERENCE = _ROOT / "docs" / "metrics.md"
+_OPERATIONS = _ROOT / "docs" / "operations.md"
 _PROMTOOL = shutil.which("promtool")
 
 ALERTS: list[dict[str, Any]] = [
@@ -127,6 +128,17 @@ def test_an_alert_asks_for_what_is_there_and_says_what_to_do(alert: dict[str, An
     used = set(re.findall(r"\$labels\.(\w+)", said["summary"] + said["description"]))
     assert "instance" in used
     assert used <= labels_of(alert["expr"])
+
+
+@pytest.mark.skipif(not _OPERATIONS.exists(), reason="the docs do not travel with everything")
+def test_what_to_do_upon_an_alert_stands_where_it_says() -> None:
+    headings = re.findall(r"^#+ (.+)$", _OPERATIONS.read_text(), re.MULTILINE)
+    anchors = {
+        re.sub(r"[^a-z0-9 -]", "", heading.lower()).replace(" ", "-") for heading in headings
+    }
+    for alert in ALERTS:
+        (named,) = re.findall(r"operations\.md#([a-z-]+)", alert["annotations"]["description"])
+        assert named in anchors, alert["alert"]
 
 
 def test_the_example_scrapes_with_a_password_from_a_file() -> None:
