@@ -36,7 +36,7 @@ def web_port() -> int:
 def service(web_port: int) -> Iterator[tuple[Deployment, Foreground]]:
     """A model under `synapse up`, and the inet server with a password that the file only hashes."""
     with deployed() as deployment:
-        deployment.add("tiny")
+        deployment.add("tiny", layers=16, feed_forward=1024)  # about 150 tokens a second
         deployment.synapse("init")
         hashed = hashlib.sha1(LOGIN[1].encode(), usedforsecurity=False).hexdigest()
         with (deployment.etc / "supervisord.conf").open("a") as main_file:
@@ -86,7 +86,7 @@ def test_term_drains_and_leaves_nothing_and_is_no_failure(
 ) -> None:
     """As `docker stop`, systemd and launchd send it. Last: the deployment is over then."""
     deployment, up = service
-    stream = TokenStream(deployment.models()["tiny"]["url"], 1500)
+    stream = TokenStream(deployment.models()["tiny"]["url"], 300)
     up.process.send_signal(signal.SIGTERM)
     assert up.end() == 0
     stream.end()
