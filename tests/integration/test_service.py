@@ -5,6 +5,7 @@ inet server.
 from __future__ import annotations
 
 import hashlib
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from tests.integration.harness import (
     deployed,
     foreground,
     free_ports,
+    wait_until,
 )
 
 BACKEND = Path(__file__).resolve().parents[2] / "etc" / "docker" / "backend.py"
@@ -81,6 +83,15 @@ def test_a_back_end_with_another_password_learns_nothing(
     assert "tiny" not in said
 
 
+def test_a_reload_is_not_taken_for_the_end(service: tuple[Deployment, Foreground]) -> None:
+    deployment, up = service
+    before = deployment.rows()["tiny"]["pid"]
+    deployment.ctl("reload")
+    wait_until(lambda: deployment.rows().get("tiny", {}).get("pid", before) != before, 40, "anew")
+    deployment.wait_for_rows({"tiny": "ready"})
+    assert up.process.poll() is None
+
+
 def test_term_drains_and_leaves_nothing_and_is_no_failure(
     service: tuple[Deployment, Foreground],
 ) -> None:
@@ -92,3 +103,15 @@ def test_term_drains_and_leaves_nothing_and_is_no_failure(
     stream.end()
     assert stream.complete
     assert "drained=1, cut=0" in deployment.log_of("tiny")
+
+
+def test_a_supervisord_that_was_killed_is_a_failure_for_whoever_waits_for_it() -> None:
+    """So an init that looks at the exit status starts it again."""
+    with deployed() as deployment:
+        deployment.add("tiny")
+        with foreground(deployment, "up", terminal=False) as up:
+            up.wait_for("Ctrl-C stops everything")
+            with deployment.rpc() as server:
+                os.kill(server.supervisor.getPID(), signal.SIGKILL)
+            assert up.end() == 1
+            assert "supervisord was killed by signal 9" in up.said
