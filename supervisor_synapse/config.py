@@ -227,7 +227,10 @@ def _parse_url(text: str) -> str:
     """Never quoted where it is wrong: there may be a key in it."""
     if not text:
         return ""
-    parts = urlsplit(text)
+    try:
+        parts = urlsplit(text)
+    except ValueError:
+        parts = urlsplit("")
     if not _URL.fullmatch(text) or parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError("must be an address such as https://example.org/hook")
     if parts.username is not None or parts.password is not None or parts.fragment:
@@ -487,11 +490,22 @@ class _Stop(Section):
 class _Notify(Section):
     """Who is told when a model changes its phase: a command, a webhook, or both.
 
-    Each gets one JSON object: `when` (seconds since the epoch), `model`, `from`, `to`, `reason`,
-    `class` and `evidence` (of a failure), `incarnation` (`pid`, `started`), `hostname`, `prefix`,
-    and `suppressed`: how many before this one were left out. Texts in it come from outside, such
-    as a server's log: never hand them to a shell. A hook that hangs or fails delays nothing, is
-    named in `var/log/synapse.log` at most once a minute, and what it missed counts as suppressed.
+    Each gets one JSON object, here a crash:
+
+    ```json
+    {"when": 1769860800.25, "model": "qwen2.5-1.5b-instruct-q4_k_m", "from": "ready",
+     "to": "backoff", "reason": "crashed; starts again after 1.1 s", "class": "crashed",
+     "evidence": "synapse-run: ended by itself: server=SIGSEGV, seconds=700.12",
+     "incarnation": {"pid": 4711, "started": 1769860700},
+     "hostname": "box", "prefix": "/home/you/.synapse", "suppressed": 0}
+    ```
+
+    `when` is in seconds since the epoch; `from` is null where a model is seen for the first time,
+    `class` where nothing failed, `incarnation` where nothing ran. `suppressed`: how many before
+    this one were left out. Texts in it come from outside, such as a server's log: never hand them
+    to a shell. A hook that hangs or fails delays nothing, is named in `var/log/synapse.log` at
+    most once a minute, and what it missed counts as suppressed. What is still to be told when
+    supervisord or the listener ends is not told.
     """
 
     command: Annotated[

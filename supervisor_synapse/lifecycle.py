@@ -136,15 +136,24 @@ def unknown_to(rpc: Supervisord, names: frozenset[str]) -> frozenset[str]:
 def watch(rpc: Supervisord, interrupts: Interrupts) -> Iterator[Snapshot]:
     """Each new snapshot of the listener, until supervisord ends or somebody interrupts.
 
+    A supervisord that is reloaded answers nothing for a while, and lives on.
+
     Raises:
-        ApplyError: the listener has not reported for a long time.
+        ApplyError: the listener has not reported for a long time, or supervisord, started by us,
+            ended otherwise than by a stop.
     """
+    supervisor = _process(rpc)
     seen_at, last = time.monotonic(), 0.0
     while not interrupts.count:
+        snapshot = None
         try:
             snapshot = rpc.snapshot()
-        except (TransientError, ShuttingDown):
-            return
+        except ShuttingDown:
+            seen_at = time.monotonic()  # models drain for as long as they may
+        except TransientError:
+            if supervisor is None or not _alive_unburied(supervisor):
+                _require_good_end(supervisor)
+                return
         if snapshot is not None and snapshot.at != last:
             seen_at, last = time.monotonic(), snapshot.at
             yield snapshot
@@ -153,6 +162,37 @@ def watch(rpc: Supervisord, interrupts: Interrupts) -> Iterator[Snapshot]:
                 f"the listener has not reported for {_STALE_SECONDS:.0f} s; see var/log/synapse.log"
             )
         time.sleep(_POLL_SECONDS)
+
+
+def _process(rpc: Supervisord) -> psutil.Process | None:
+    with contextlib.suppress(TransientError, ShuttingDown, psutil.Error):
+        return psutil.Process(rpc.pid())
+    return None
+
+
+def _alive_unburied(process: psutil.Process) -> bool:
+    """As `_alive`, but a child that has ended is left to be asked how."""
+    with contextlib.suppress(psutil.Error):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def _require_good_end(supervisor: psutil.Process | None) -> None:
+    """Of a supervisord that is not our child nothing is known.
+
+    Raises:
+        ApplyError: it did not end by a stop.
+    """
+    if supervisor is None:
+        return
+    try:
+        _, status = os.waitpid(supervisor.pid, os.WNOHANG)
+    except ChildProcessError:
+        return
+    code = os.waitstatus_to_exitcode(status)
+    if code:
+        how = f"was killed by signal {-code}" if code < 0 else f"ended with exit status {code}"
+        raise ApplyError(f"supervisord {how}; its models ended with it: var/log/supervisord.log")
 
 
 def is_settled(rows: tuple[Row, ...], expected: frozenset[str]) -> bool:

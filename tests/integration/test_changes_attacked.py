@@ -51,13 +51,12 @@ def test_a_model_stopped_by_hand_stays_stopped_when_its_edited_block_is_updated(
 
 
 def test_a_model_whose_block_was_away_for_a_while_starts_again() -> None:
-    """`update` stopped it, and nobody by hand."""
+    """`update` stopped it, and nobody by hand. Gone means: for longer than an `update` takes."""
     with proved("beta") as at:
         text = block(at, "beta").read_text()
-        block(at, "beta").write_text("")
+        block(at, "beta").unlink()
         at.ctl("update")
         wait_until(lambda: "beta" not in at.rows(), promised(BACK_SECONDS), "gone")
-        time.sleep(3.5)  # longer than an `update` takes
         block(at, "beta").write_text(text)
         at.ctl("update")
         at.wait_for_rows({"beta": "ready"}, promised(BACK_SECONDS))

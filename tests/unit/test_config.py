@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from supervisor_synapse import config
-from supervisor_synapse.core.model import Tier
+from supervisor_synapse.core.model import Phase, Tier
 from supervisor_synapse.core.settings import Enable, Reserve, Settings, WhenFull
 from supervisor_synapse.errors import ConfigError
 from supervisor_synapse.render import shipped_settings
@@ -103,6 +103,58 @@ def test_policies_are_taken_section_by_section() -> None:
     assert (said.probe.stall_seconds, said.probe.period_seconds) == (60, 5)
     assert (said.restart.backoff_factor, said.restart.intensity) == (1.5, 5)
     assert (said.stop.drain_seconds, said.stop.term_seconds) == (0, 2)
+
+
+NOTIFY = [
+    ("command = /opt/hook --to 'a b'", "command", ("/opt/hook", "--to", "a b")),
+    ("command = ~/hook", "command", ("/home/someone/hook",)),
+    ("url = HTTPS://example.org:8443/x?y=z", "url", "HTTPS://example.org:8443/x?y=z"),
+    ("url_header_file = ~/keys", "url_header_file", "/home/someone/keys"),
+    ("events = Ready, backoff", "phases", (Phase.READY, Phase.BACKOFF)),
+    ("events = ready", "failures", False),
+    ("events = failure", "failures", True),
+    ("events = all", "phases", tuple(Phase)),
+    ("events = all", "failures", True),
+    ("events =", "phases", ()),
+    ("models = qwen*, a-[12] b", "models", ("qwen*", "a-[12]", "b")),
+    ("most_per_minute = 1", "most_per_minute", 1),
+]
+
+
+@pytest.mark.parametrize(("line", "key", "value"), NOTIFY)
+def test_who_is_told_and_of_what_is_taken(
+    line: str, key: str, value: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert getattr(config.parse(f"[notify]\n{line}\n").notify, key) == value
+
+
+@pytest.mark.parametrize("url", ["https://example.org/x", "http://127.0.0.1:9/x", "http://[::1]/x",
+                                 "http://localhost/x"])  # fmt: skip
+def test_keys_go_where_nobody_can_read_them_on_the_way(url: str) -> None:
+    text = f"[notify]\nurl_header_file = /keys\nurl = {url}\n"
+    assert config.parse(text).notify.url == url
+
+
+@pytest.mark.parametrize("host", ["example.org", "192.168.1.20", "localhost.example.org"])
+def test_keys_do_not_go_in_the_clear(host: str) -> None:
+    said = problem(f"[notify]\nurl_header_file = /keys\nurl = http://{host}/x\n")
+    assert said == (
+        "synapse.conf: [notify]: url must be https or a loopback address where url_header_file is "
+        "set"
+    )
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "url = https://you:s3cret@example.org/x", "url = https://s3cret@example.org/x",
+        "url = s3cret", "url = https://example.org/#s3cret", "command = s3cret",
+        "command = /opt/hook 's3cret",
+    ],
+)  # fmt: skip
+def test_what_may_be_a_key_is_not_quoted(line: str) -> None:
+    assert "s3cret" not in problem(f"[notify]\n{line}\n")
 
 
 def test_a_tier_keeps_the_defaults_that_are_not_said() -> None:
@@ -202,6 +254,18 @@ WRONG = [
     ("[restart]", "backoff_factor = 0.5", "greater than or equal to 1"),
     ("[stop]", "term_seconds = 0", "greater than or equal to 1"),
     ("[stop]", "drain_seconds = -1", "greater than or equal to 0"),
+    ("[notify]", "command = hook --x", "absolute path"),
+    ("[notify]", "command = '/opt/hook", "balance its quotes"),
+    ("[notify]", "command = /opt/hook a\x07b", "control characters"),
+    ("[notify]", "url = ftp://example.org/x", "https://example.org/hook"),
+    ("[notify]", "url = https://[::1/x", "https://example.org/hook"),
+    ("[notify]", "url = https:///x", "https://example.org/hook"),
+    ("[notify]", "url = https://example.org/a b", "https://example.org/hook"),
+    ("[notify]", "url = https://example.org:99999/x", "1-65535"),
+    ("[notify]", "url_header_file = keys", "absolute path"),
+    ("[notify]", "events = failed, dead", "'dead' is no event: failure, disabled, pending"),
+    ("[notify]", "most_per_minute = 0", "greater than or equal to 1"),
+    ("[notify]", "timeout_seconds = 0", "greater than 0"),
     ("[tier:fast]", "max_parameters = big", "7B"),
     ("[tier:fast]", "min_context = 1", "256"),
     ("[model:x]", "enabled = perhaps", "true or false"),

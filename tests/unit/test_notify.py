@@ -14,11 +14,14 @@ from typing import Any
 
 import pytest
 
+from supervisor_synapse.adapters import registry
 from supervisor_synapse.adapters.deployment import Deployment
 from supervisor_synapse.adapters.history import Line
 from supervisor_synapse.adapters.hooks import Outcome
+from supervisor_synapse.adapters.registry import Registry
+from supervisor_synapse.core.model import Phase
 from supervisor_synapse.core.notices import Told
-from supervisor_synapse.core.settings import NotifyPolicy
+from supervisor_synapse.core.settings import NotifyPolicy, Settings
 from supervisor_synapse.notify import Hook, Notifier
 from tests.unit.test_notices import notice
 
@@ -264,3 +267,15 @@ def test_a_command_that_cannot_be_run_is_named(
         run(story())
     assert f"chmod go-w {box}" in vars(caplog.records[0])["reason"]
     assert got(box) == []
+
+
+def test_settings_of_hooks_are_kept_as_they_were_applied(tmp_path: Path) -> None:
+    """In the registry, from which the listener has them; one from before hooks has none."""
+    path = tmp_path / "registry.json"
+    policy = NotifyPolicy(("/opt/hook", "a b"), "https://x/", "/keys", (Phase.FAILED,), False)
+    registry.save(path, Registry(settings=Settings(notify=policy)))
+    assert registry.load(path).settings.notify == policy
+    value = json.loads(path.read_text())
+    del value["settings"]["notify"]
+    path.write_text(json.dumps(value))
+    assert registry.load(path).settings == Settings()
