@@ -109,6 +109,8 @@ def _parser() -> argparse.ArgumentParser:
     listing.add_argument("--json", action="store_true")
     plan = command("plan", _plan, "Show what would start, where, with how much memory, and why.")
     plan.add_argument("--json", action="store_true")
+    pull = command("pull", _pull, "Download a model from the Hugging Face hub into the cache.")
+    pull.add_argument("what", metavar="REPO[:QUANT]")
     command("listen", _listen, "The event listener; run by supervisord.")
     return parser
 
@@ -252,6 +254,24 @@ def _plan(deployment: Deployment, arguments: argparse.Namespace) -> int:
         print(report.plan_table(waves, others))
     else:
         print("No models were found.")
+    return 0
+
+
+def _pull(deployment: Deployment, arguments: argparse.Namespace) -> int:
+    from supervisor_synapse import config, pull
+
+    settings = config.load(deployment.settings)
+    choice = pull.choose(arguments.what, settings)
+    for line in pull.told(choice, pull.devices_of(settings), settings):
+        _say(line)
+    pull.require_room(choice)
+    try:
+        pull.bring(choice, _say)
+    except KeyboardInterrupt:
+        _say("interrupted; the same command goes on where it stopped")
+        return 130
+    following = "discover" if deployment.main_config.exists() else "up"
+    print(f"{arguments.what} is in {choice.cache}. To serve it: `synapse {following}`")
     return 0
 
 
