@@ -109,6 +109,10 @@ def _parser() -> argparse.ArgumentParser:
     listing.add_argument("--json", action="store_true")
     plan = command("plan", _plan, "Show what would start, where, with how much memory, and why.")
     plan.add_argument("--json", action="store_true")
+    doctor = command("doctor", _doctor, "Look for what is wrong, and say how to mend it.")
+    doctor.add_argument("--json", action="store_true")
+    doctor.add_argument("--deep", action="store_true", help="compare the checksums of models too")
+    doctor.add_argument("--verbose", action="store_true", help="show also what is well")
     pull = command("pull", _pull, "Download a model from the Hugging Face hub into the cache.")
     pull.add_argument("what", metavar="REPO[:QUANT]")
     command("listen", _listen, "The event listener; run by supervisord.")
@@ -257,9 +261,28 @@ def _plan(deployment: Deployment, arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _doctor(deployment: Deployment, arguments: argparse.Namespace) -> int:
+    from supervisor_synapse import doctor, report
+
+    found = doctor.examine(deployment, deep=_show_read if arguments.deep else None)
+    if arguments.json:
+        print(json.dumps(report.examination_json(found), indent=2))
+    else:
+        print(report.examination_text(found, verbose=arguments.verbose))
+    return int(not found.is_well)
+
+
+def _show_read(done: int, total: int) -> None:
+    """One line in a terminal, drawn over and over; wiped at the end."""
+    if sys.stderr.isatty():
+        line = f"comparing checksums: {100 * done // max(total, 1)} %" if done < total else ""
+        print(f"\r{line:<40}\r{line}", end="", file=sys.stderr, flush=True)
+
+
 def _pull(deployment: Deployment, arguments: argparse.Namespace) -> int:
     from supervisor_synapse import config, pull
 
+    os.environ.setdefault("TQDM_ASCII", " #")  # what bars are drawn with
     settings = config.load(deployment.settings)
     choice = pull.choose(arguments.what, settings)
     for line in pull.told(choice, pull.devices_of(settings), settings):

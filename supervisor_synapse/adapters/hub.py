@@ -120,9 +120,12 @@ def served_beside(cache: Path, listing: Listing, chosen: Sequence[HubFile]) -> t
     """
     folder = folder_of(cache, listing.repo)
     try:
-        snapshot = folder / "snapshots" / (folder / "refs" / "main").read_text("ascii").strip()
+        served = (folder / "refs" / "main").read_text("ascii").strip()
     except (OSError, UnicodeDecodeError):
         return ()
+    if served == listing.commit or not _COMMIT.fullmatch(served):
+        return ()
+    snapshot = folder / "snapshots" / served
     names = {file.path for file in chosen}
     return tuple(
         file
