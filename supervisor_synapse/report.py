@@ -20,7 +20,7 @@ from rich.text import Text
 from supervisor_synapse.adapters import config_files
 from supervisor_synapse.core import plan as plans
 from supervisor_synapse.core import trials
-from supervisor_synapse.core.findings import Examination, Examined, Finding, Severity
+from supervisor_synapse.core.findings import Examination, Finding, Severity
 from supervisor_synapse.core.model import Device, Phase, Program, Role, Row
 from supervisor_synapse.core.trials import Generation, Standing, Standings
 
@@ -474,7 +474,7 @@ def _finding_lines(finding: Finding, width: int) -> Iterator[str]:
     word = _coloured(finding.severity.name, _SEVERITY_STYLES[finding.severity])
     first, *rest = _wrapped(f"{finding.subject}: {finding.message}", room)
     yield f"{word}{' ' * (_WORD_COLUMNS - len(finding.severity.name))}{first}"
-    mend = _wrapped(f"to mend it: {finding.mend}", room) if finding.mend else []
+    mend = _wrapped(f"mend: {finding.mend}", room) if finding.mend else []
     copied = [f"    {line}" for line in finding.lines]  # whole, to be copied
     yield from (f"{indent}{line}" for line in (*rest, *mend, *copied))
 
@@ -505,7 +505,7 @@ def examination_json(examination: Examination) -> dict[str, object]:
         "ok": examination.is_well,
         "findings": [
             _finding_json(check, finding)
-            for check, finding in _attributed(examination)
+            for check, finding in examination.attributed
             if finding.severity > Severity.OK
         ],
         "checks": [
@@ -516,14 +516,9 @@ def examination_json(examination: Examination) -> dict[str, object]:
     }
 
 
-def _attributed(examination: Examination) -> list[tuple[Examined, Finding]]:
-    found = [(check, finding) for check in examination.checks for finding in check.findings]
-    return sorted(found, key=lambda pair: -pair[1].severity)
-
-
-def _finding_json(check: Examined, finding: Finding) -> dict[str, object]:
+def _finding_json(check: str, finding: Finding) -> dict[str, object]:
     return {
-        "id": finding.id, "severity": finding.severity.name.lower(), "check": check.check,
+        "id": finding.id, "severity": finding.severity.name.lower(), "check": check,
         "subject": finding.subject, "message": finding.message, "mend": finding.mend,
         "lines": list(finding.lines),
     }  # fmt: skip

@@ -51,9 +51,18 @@ class Examination:
 
     @property
     def findings(self) -> tuple[Finding, ...]:
-        """The worst first; else in the order of the checks."""
-        found = [one for check in self.checks for one in check.findings]
-        return tuple(sorted(found, key=lambda one: -one.severity))
+        """Each once, the worst first; else in the order of the checks."""
+        return tuple(one for _, one in self.attributed)
+
+    @property
+    def attributed(self) -> tuple[tuple[str, Finding], ...]:
+        """The same with the check that found each; what two found stands there once."""
+        by: dict[Finding, str] = {}
+        for check in self.checks:
+            for one in check.findings:
+                by.setdefault(one, check.check)
+        found = [(check, one) for one, check in by.items()]
+        return tuple(sorted(found, key=lambda pair: -pair[1].severity))
 
     @property
     def is_well(self) -> bool:

@@ -32,7 +32,9 @@ def check_settings(case: Case) -> Iterator[Finding]:
     where = case.deployment.settings
     for problem in case.settings_problems:
         text = problem.removeprefix(f"{where}: ")
-        yield error("settings-invalid", str(where), text, "mend it; what was applied goes on")
+        yield error(
+            "settings-invalid", str(where), text, "correct it; what was applied goes on meanwhile"
+        )
     if case.settings_problems:
         return
     if case.registry.generation and case.registry.settings != case.settings:
@@ -56,7 +58,7 @@ def check_main_file(case: Case) -> Iterator[Finding]:
         place = str(broken.path) if broken.line is None else f"{broken.path}, line {broken.line}"
         yield error(
             "config-broken", place, broken.reason,
-            "mend it: supervisord would not start, and refuses a reload",
+            "correct it: supervisord would not start with it, and refuses a reload",
         )  # fmt: skip
     yield from _missing_sections(case)
     yield fine(str(main), "read by supervisord's own parser")
@@ -112,7 +114,7 @@ def _block_as_it_stands(
     if written is not None and digest(block.text) not in written:
         yield note(
             "block-edited", str(block.path), "was edited by hand; discovery keeps it as it is",
-            f"nothing, or `synapse discover --force {block.name}` for what discovery would write",
+            f"leave it; `synapse discover --force {block.name}` takes what discovery would write",
         )  # fmt: skip
     for flag in ("--model", "-m"):
         words = block.server
@@ -181,7 +183,7 @@ def check_state(case: Case) -> Iterator[Finding]:
         if why:
             yield warning(
                 "state-torn", str(path), f"{why}; it will be set aside and rebuilt",
-                "nothing; look whether the disk is full or failing",
+                "look whether the disk is full or failing",
             )  # fmt: skip
     for path in sorted(case.deployment.lib.glob("*.corrupt")):
         yield note(

@@ -83,7 +83,7 @@ def check_hosts(case: Case) -> Iterator[Finding]:
     for name, host in open_to_all:
         yield warning(
             "host-open", name, f"answers on {host} to everybody on the network, without a key",
-            "host = 127.0.0.1, or args = --api-key-file FILE (mode 0600) in its [model:...] section",
+            "host = 127.0.0.1, or args = --api-key-file FILE (mode 0600) in its [model:...]",
         )  # fmt: skip
     host = case.settings.host
     if not is_loopback(host) and not case.blocks:
@@ -114,7 +114,7 @@ def check_web_server(case: Case) -> Iterator[Finding]:
         shown = "every address" if host in _ANY_HOST else host
         yield warning(
             "web-not-loopback", where,
-            f"listens on {shown}, and the password crosses the network readable",
+            f"listens on {shown}; all that is sent, a password too, can be read on the network",
             f"port = 127.0.0.1:{port}, reached from elsewhere through ssh -L or a TLS proxy",
         )  # fmt: skip
     yield note("web-cross-site", where, _CROSS_SITE, _CROSS_SITE_MEND)

@@ -11,6 +11,8 @@ from supervisor_synapse.core.model import ProcessState
 from supervisor_synapse.doctor.case import Case
 
 LISTENER = "synapse"
+_SERVER = "llama-server"
+_MOST_NAMED = 8
 _SILENT_SECONDS = 15.0  # the listener gives a sign of life every 2 s
 
 
@@ -61,7 +63,7 @@ def _left_behind(case: Case) -> Iterator[Finding]:
         if path.exists():
             yield note(
                 name, str(path), "was left by a supervisord that is gone",
-                "nothing: the next start takes its place",
+                "leave it: the next start takes its place",
             )  # fmt: skip
 
 
@@ -108,18 +110,27 @@ def check_processes(case: Case) -> Iterator[Finding]:
     """Servers of ours that no supervisord looks after, and other people's."""
     ours = os.path.join(str(case.deployment.run), "")
     supervisors = [one.pid for one in case.processes if _is_supervisord(case, one)]
+    others = []
     for process in case.processes:
         record = case.record_of(process) if process.user == os.getuid() else ""
         if record.startswith(ours):
             if not any(case.is_below(process, pid) for pid in supervisors):
                 yield _orphan(process, os.path.basename(record).removesuffix(".run"))
-        elif process.program == "llama-server":
-            yield note(
-                "server-of-others", f"pid {process.pid}",
-                "a llama-server that is not of this deployment; the memory that it takes is "
-                "respected",
-            )  # fmt: skip
+        elif process.program == _SERVER and not case.is_below(process, os.getpid()):
+            others.append(_numbered(process))
+    if others:
+        yield note(
+            "servers-of-others", ", ".join(others[:_MOST_NAMED]),
+            f"{len(others)} {_SERVER} not of this deployment; what memory that takes is respected",
+        )  # fmt: skip
     yield fine("processes", f"{len(case.processes)} looked at")
+
+
+def _numbered(process: Running) -> str:
+    """`pid 4711 (port 8080)`."""
+    words = process.command
+    at = words.index("--port") + 1 if "--port" in words[:-1] else 0
+    return f"pid {process.pid} (port {words[at]})" if at else f"pid {process.pid}"
 
 
 def _orphan(process: Running, name: str) -> Finding:
