@@ -30,10 +30,17 @@ from supervisor_synapse.core.model import Snapshot
 from supervisor_synapse.core.settings import Settings
 from supervisor_synapse.errors import ConfigError, ShuttingDown, TransientError
 
+SERVER = "llama-server"
+
 _ANSWER_SECONDS = 5.0
 _LARGEST_BYTES = 1024 * 1024
 
 _T = TypeVar("_T")
+
+
+def server_words(command: tuple[str, ...]) -> tuple[str, ...]:
+    """What a launcher runs: the engine and its arguments; () where it is no launcher's command."""
+    return command[command.index("--") + 1 :] if "--" in command else ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +59,7 @@ class Block:
     @property
     def server(self) -> tuple[str, ...]:
         """The engine and its arguments; () where it runs something else."""
-        at = self.command.index("--") + 1 if "--" in self.command else len(self.command)
-        return self.command[at:]
+        return server_words(self.command)
 
     @property
     def served(self) -> Served | None:

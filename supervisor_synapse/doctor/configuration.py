@@ -13,7 +13,7 @@ from supervisor_synapse.adapters import config_files
 from supervisor_synapse.adapters import deployment as deployments
 from supervisor_synapse.adapters.generations import digest
 from supervisor_synapse.core.findings import Finding, error, fine, note, warning
-from supervisor_synapse.doctor.case import Block, Case
+from supervisor_synapse.doctor.case import Block, Case, server_words
 
 _LARGEST_STATE_BYTES = 64 * 1024 * 1024
 # Sections without which a part of this does not work, and which part.
@@ -127,23 +127,35 @@ def _block_as_it_stands(
 
 
 def _block_as_held(case: Case, block: Block) -> Iterator[Finding]:
-    """What supervisord holds of it, where one runs."""
-    held = case.supervisord.commands
-    if held is None or not block.command or block.name in case.registry.untold:
-        return
+    """What supervisord runs or would run of it, where there is one."""
+    answers = case.supervisord
     name = re.search(r"^\[program:([^\]\s]+)\]", block.text, re.MULTILINE)
-    if name is None:
+    if answers.processes is None or name is None or block.name in case.registry.untold:
         return
-    if name[1] not in held:
+    process = answers.processes.get(name[1])
+    if process is None:
         yield warning(
             "block-unknown", str(block.path), "supervisord does not know this program yet",
             "`supervisorctl update`",
         )  # fmt: skip
-    elif _words(held[name[1]]) != block.command:
+    elif _held(case, name[1], process.pid) not in ((), block.server or block.command):
         yield warning(
             "block-not-taken-up", str(block.path),
-            "says another command than the one that supervisord holds", "`supervisorctl update`",
+            "says another command than the one that runs, or that supervisord holds",
+            "`supervisorctl update`",
         )  # fmt: skip
+
+
+def _held(case: Case, name: str, pid: int) -> tuple[str, ...]:
+    """The command of a program, of a server without its launcher; () where it cannot be seen.
+
+    What supervisord has read may be newer than what it runs.
+    """
+    running = case.process(pid) if pid else None
+    if running is not None:
+        return server_words(running.command)
+    words = _words((case.supervisord.commands or {}).get(name, ""))
+    return server_words(words) or words
 
 
 def _words(command: str) -> tuple[str, ...]:

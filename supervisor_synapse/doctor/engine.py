@@ -32,7 +32,7 @@ def check_engine(case: Case) -> Iterator[Finding]:
     """Whether there is a llama-server, whether it runs, and what it lacks."""
     found = engine_of(case)
     if isinstance(found, ConfigError):
-        yield from (error("engine-missing", "engine", problem) for problem in found.problems)
+        yield from (_missing(case, problem) for problem in found.problems)
         return
     lacking = [flag for flag in _WANTED_FLAGS if flag not in found.flags]
     for flag in lacking:
@@ -47,6 +47,14 @@ def check_engine(case: Case) -> Iterator[Finding]:
             "`synapse discover` renders them anew",
         )  # fmt: skip
     yield fine(found.path, f"runs; version {found.version}")
+
+
+def _missing(case: Case, problem: str) -> Finding:
+    """The way to an engine stands by itself."""
+    way = engines.how_to_get_one()
+    is_chosen = case.settings.engine != "auto" and way not in problem
+    mend = "mend that, or set engine = auto in synapse.conf" if is_chosen else way
+    return error("engine-missing", "engine", problem.replace(way, "").rstrip(" ;:"), mend)
 
 
 def engine_of(case: Case) -> Engine | ConfigError:

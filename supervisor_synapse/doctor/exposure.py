@@ -12,7 +12,7 @@ from pathlib import Path
 
 from supervisor_synapse.adapters import config_files
 from supervisor_synapse.core.findings import Finding, error, fine, warning
-from supervisor_synapse.doctor.case import Block, Case
+from supervisor_synapse.doctor.case import SERVER, Block, Case
 from supervisor_synapse.doctor.permissions import others_may_read
 
 _KEY_FLAGS = {
@@ -38,9 +38,10 @@ def check_keys(case: Case) -> Iterator[Finding]:
         yield from _in_environment(block.path, block.text)
     yield from _in_environment(case.deployment.main_config, case.main)
     for process in case.processes:
+        if process.user != os.getuid() or process.program != SERVER:
+            continue
         for flag in _key_flags(process.command):
-            if process.user == os.getuid():
-                yield warning(
+            yield warning(
                     "key-in-process", f"{process.program} (pid {process.pid})",
                     f"was started with {flag}, which everybody on this machine can read",
                     _KEY_FLAGS[flag],

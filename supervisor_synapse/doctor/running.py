@@ -8,11 +8,10 @@ from collections.abc import Iterator
 from supervisor_synapse.adapters.processes import Running
 from supervisor_synapse.core.findings import Finding, error, fine, note, warning
 from supervisor_synapse.core.model import ProcessState
-from supervisor_synapse.doctor.case import Case
+from supervisor_synapse.doctor.case import SERVER, Case
 
 LISTENER = "synapse"
-_SERVER = "llama-server"
-_MOST_NAMED = 8
+_MOST_NAMED = 40
 _SILENT_SECONDS = 15.0  # the listener gives a sign of life every 2 s
 
 
@@ -116,12 +115,12 @@ def check_processes(case: Case) -> Iterator[Finding]:
         if record.startswith(ours):
             if not any(case.is_below(process, pid) for pid in supervisors):
                 yield _orphan(process, os.path.basename(record).removesuffix(".run"))
-        elif process.program == _SERVER and not case.is_below(process, os.getpid()):
+        elif process.program == SERVER and not case.is_below(process, os.getpid()):
             others.append(_numbered(process))
     if others:
         yield note(
             "servers-of-others", ", ".join(others[:_MOST_NAMED]),
-            f"{len(others)} {_SERVER} not of this deployment; what memory that takes is respected",
+            f"{len(others)} {SERVER} not of this deployment; what memory that takes is respected",
         )  # fmt: skip
     yield fine("processes", f"{len(case.processes)} looked at")
 

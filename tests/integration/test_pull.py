@@ -103,6 +103,7 @@ def test_what_is_there_is_not_downloaded_again(deployment: Deployment, hub: Hub)
     deployment.synapse("pull", "acme/twice")
     again = deployment.synapse("pull", "acme/twice")
     assert "already" in again.err
+    assert "\r" not in again.text
     assert hub.downloads("twice-Q4_K_M.gguf") == [0]
 
 
@@ -154,8 +155,6 @@ def test_what_the_disk_does_not_hold_is_refused(deployment: Deployment, hub: Hub
         ("acme/nothing", 2, "has no repo acme/nothing"),
         ("acme/gated", 2, "acme/gated is gated: accept its terms"),
         ("acme/plain", 2, "holds no GGUF model"),
-        ("acme", 2, "names no repo"),
-        ("acme/../etc", 2, "names no repo"),
     ],
 )
 def test_what_cannot_be_had_says_how_to_mend_it_in_one_line(
@@ -207,9 +206,10 @@ def test_names_that_lead_out_of_the_cache_are_left_out(deployment: Deployment, h
     assert "evil-Q4" not in done.err
 
 
-def test_progress_is_drawn_in_a_terminal_alone(deployment: Deployment, hub: Hub) -> None:
-    hub.add("acme/bar", {"bar-Q4_K_M.gguf": LARGE[:5000], "bar-Q8_0.gguf": LARGE[:9000]})
-    assert "\r" not in deployment.synapse("pull", "acme/bar").text
+def test_a_terminal_sees_progress(deployment: Deployment, hub: Hub) -> None:
+    """huggingface_hub's own bar, in ASCII."""
+    hub.add("acme/bar", {"bar-Q8_0.gguf": LARGE[:9000]})
     with foreground(deployment, "pull", "acme/bar:q8_0", terminal=True) as command:
         assert command.end() == 0
-        assert "100%" in command.said
+        assert "100%|###" in command.said
+        assert command.said.isascii()
