@@ -121,15 +121,15 @@ def check_web_server(case: Case) -> Iterator[Finding]:
 
 
 _CROSS_SITE = (
-    "a page of another site, opened in a browser that is logged in here, can have that browser "
-    "send requests to this port. /synapse.html acts only by POST with a token, which such a page "
-    "cannot know. supervisord's own page acts on a plain GET (index.html?action=...): such a "
-    "request can stop, start or restart programs, but not read what is answered"
+    "a browser that is logged in here sends the password with whatever a page of another site has "
+    "it ask. The plugin refuses that where the browser says where a request comes from: XML-RPC, "
+    "every POST, and the actions of supervisord's own page (index.html?action=...). It cannot "
+    "where the browser does not say: an old one, or a GET without a referrer to another address "
+    "than 127.0.0.1. Such a request can stop and start programs; its answer cannot be read"
 )
 _CROSS_SITE_MEND = (
-    "leave the server off where the socket does (supervisorctl needs no port); else use a browser "
-    "profile of its own for it, close it after use, or put a proxy before it that refuses requests "
-    "with a foreign Origin or Sec-Fetch-Site"
+    "leave the server off where the socket does (supervisorctl needs no port); else keep it on "
+    "127.0.0.1, with a password, and close the browser after use"
 )
 
 

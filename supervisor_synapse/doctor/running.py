@@ -134,7 +134,7 @@ def _numbered(process: Running) -> str:
 
 def _orphan(process: Running, name: str) -> Finding:
     return warning(
-        "orphan", f"{process.program} (pid {process.pid})",
+        "server-orphaned", f"{process.program} (pid {process.pid})",
         f"is a run of {name} that no supervisord looks after; it holds memory and a port",
         f"kill {process.pid}; the next start of {name} does it too",
     )  # fmt: skip

@@ -71,8 +71,8 @@ def test_a_server_that_nobody_looks_after_is_found(running: Deployment) -> None:
     record = str(running.prefix / "var" / "run" / "a.run")
     with process(running, record=record) as orphan, process(running, "--port", "9") as other:
         found = findings(running)
-        assert found["orphan"]["subject"] == f"llama-server (pid {orphan})"
-        assert "a run of a that no supervisord looks after" in found["orphan"]["message"]
+        assert found["server-orphaned"]["subject"] == f"llama-server (pid {orphan})"
+        assert "a run of a that no supervisord looks after" in found["server-orphaned"]["message"]
         assert found["servers-of-others"]["severity"] == "note"
         assert f"pid {other} (port 9)" in found["servers-of-others"]["subject"]
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
+import re
 import socket
 import tempfile
 import threading
@@ -20,6 +22,7 @@ from supervisor_synapse.doctor.case import Case
 from tests.gguf_factory import HubCache, hub_cache, write_model
 from tests.unit.builders import FLAGS
 
+CHECKOUT = Path(__file__).resolve().parents[2]
 BLOCK = (
     "[program:a]\ncommand={launcher} --record r -- {engine} --model {model} --host {host} "
     '--port 8100 {more}\nenvironment=A="1"{variables}\n'
@@ -252,6 +255,23 @@ def test_all_mistakes_in_the_settings_are_told_at_once(patient: Patient) -> None
 )  # fmt: skip
 def test_loopback_is_what_only_this_machine_reaches(host: str, near: bool) -> None:
     assert network.is_loopback(host) is near
+
+
+def test_each_finding_is_documented(patient: Patient) -> None:
+    """docs/doctor.md knows every id, and no other."""
+    sources = (CHECKOUT / "supervisor_synapse" / "doctor").glob("*.py")
+    constants = {
+        node.value
+        for path in sources
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+    ids = {text for text in constants if re.fullmatch(r"[a-z]+(-[a-z]+)+", text)}
+    documented = re.findall(
+        r"^\| `([a-z]+-[a-z-]+)` \|", (CHECKOUT / "docs/doctor.md").read_text(), re.M
+    )
+    assert len(documented) == len(set(documented)) > 60
+    assert set(documented) == ids - {"llama-server"}
 
 
 # --- whatever happens ----------------------------------------------------------------------------
