@@ -179,7 +179,7 @@ def _fetch(cache: Path, repo: str, file: HubFile, url: str, etag: str, size_byte
         if blob.exists():
             return
         part = _incomplete(blob)
-        _stream(part, url, file.path, size_bytes)
+        _stream_on(part, url, file.path, size_bytes)
         if _SHA256.fullmatch(etag) and checksums.sha256_of(part) != etag:
             part.unlink()
             raise ApplyError(
@@ -187,6 +187,20 @@ def _fetch(cache: Path, repo: str, file: HubFile, url: str, etag: str, size_byte
                 "another); it was removed: try again"
             )
         os.replace(part, blob)
+
+
+def _stream_on(part: Path, url: str, name: str, size_bytes: int) -> None:
+    """Stream until all is there; who breaks off is asked again as long as something came.
+
+    Not every version of huggingface_hub does that itself.
+    """
+    while True:
+        there = _size_of(part)
+        try:
+            return _stream(part, url, name, size_bytes)
+        except Exception as error:
+            if not _is_of_transport(error) or _size_of(part) <= there:
+                raise
 
 
 def _stream(part: Path, url: str, name: str, size_bytes: int) -> None:
@@ -289,9 +303,13 @@ def _on_disk(error: Exception) -> SynapseError | None:
     return None
 
 
+def _is_of_transport(error: Exception) -> bool:
+    return type(error).__module__.partition(".")[0] in _TRANSPORTS
+
+
 def _on_the_way(error: Exception) -> SynapseError | None:
     """Which library carries the requests depends on the version of huggingface_hub."""
-    if type(error).__module__.partition(".")[0] in _TRANSPORTS or isinstance(error, OSError):
+    if _is_of_transport(error) or isinstance(error, OSError):
         why = printable(str(error).split("\n")[0]) or type(error).__name__
         return TransientError(
             f"cannot reach {endpoint()}, or it broke off: {why}; what came so far is kept: give "
