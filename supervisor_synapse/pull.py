@@ -29,7 +29,7 @@ from supervisor_synapse.core.settings import MIB, Settings
 from supervisor_synapse.errors import ApplyError, ConfigError
 
 _WANTED = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+/-]{0,199}")
-_SPARE_BYTES = 64 * MIB  # a file system that is full to the brim serves nobody
+_SPARE_BYTES = 8 * MIB  # a file system that is full to the brim serves nobody
 _MOST_NAMED = 12
 _ANSWER_SECONDS = 10.0
 # Beside its weights a model takes scratch and a context, of which only its header would tell.

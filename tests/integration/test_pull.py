@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from collections.abc import Iterator
 
 import pytest
@@ -168,6 +170,35 @@ def test_what_cannot_be_had_says_how_to_mend_it_in_one_line(
     assert len(lines) == 1
     assert says in lines[0]
     assert "Traceback" not in done.err
+
+
+_ON_A_SMALL_DISK = """
+mkdir -p "$1" && mount -t tmpfs -o size=12m none "$1" || exit 99
+shift
+"$@"; echo "status $?"
+mount -o remount,size=40m "$HF_HUB_CACHE"
+"$@"; echo "status $?"
+cat "$HF_HUB_CACHE"/models--acme--full/snapshots/*/full-Q4_K_M.gguf | cksum
+"""
+
+
+def test_a_disk_that_becomes_full_keeps_what_came(deployment: Deployment, hub: Hub) -> None:
+    """A real one, filled by more than the hub had said; with room the same command goes on."""
+    alone = ("unshare", "-rm", "/bin/sh", "-c")
+    probe = [*alone, "mount -t tmpfs none /mnt"]
+    if not shutil.which("unshare") or subprocess.run(probe, capture_output=True).returncode:
+        pytest.skip("no namespace in which to mount a small file system")
+    hub.add("acme/full", {"full-Q4_K_M.gguf": LARGE})
+    hub.size_promised = 100
+    cache = str(deployment.root / "small")
+    deployment.extra_environment |= {"HF_HUB_CACHE": cache}
+    command = deployment.command("pull", "acme/full")
+    done = deployment.run(*alone, _ON_A_SMALL_DISK, "sh", cache, *command)
+    assert [line for line in done.out.splitlines() if "status" in line] == ["status 1", "status 0"]
+    assert "the disk is full; what came so far is kept" in done.err
+    first, second = hub.downloads("full-Q4_K_M.gguf")
+    assert (first, second >= PIECE) == (0, True)
+    assert str(len(LARGE)) in done.out.splitlines()[-1]
 
 
 def test_a_hub_that_fails_is_named(deployment: Deployment, hub: Hub) -> None:
