@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import os
 import re
 import socket
+import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -15,12 +18,16 @@ from pathlib import Path
 import pytest
 
 from supervisor_synapse import deploy, doctor, report
+from supervisor_synapse.adapters import snapshots
 from supervisor_synapse.adapters.deployment import Deployment
 from supervisor_synapse.core.findings import Examination, Finding, Severity, fine, note
+from supervisor_synapse.core.model import ListenerRow, ProcessState, Snapshot
 from supervisor_synapse.doctor import Check, network
 from supervisor_synapse.doctor.case import Case
+from supervisor_synapse.version import VERSION
 from tests.gguf_factory import HubCache, hub_cache, write_model
-from tests.unit.builders import FLAGS
+from tests.unit.builders import FLAGS, row
+from tests.unit.rpc_server import answering, process_info
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 BLOCK = (
@@ -272,6 +279,77 @@ def test_each_finding_is_documented(patient: Patient) -> None:
     )
     assert len(documented) == len(set(documented)) > 60
     assert set(documented) == ids - {"llama-server"}
+
+
+# --- what supervisord says -----------------------------------------------------------------------
+
+
+def answers(
+    *, state: ProcessState = ProcessState.RUNNING, age_seconds: float = 1.0, version: str = VERSION
+) -> dict[str, object]:
+    """Those of a supervisord that is well, but for what is given."""
+    snapshot = Snapshot(0.0, (row(),), (), ListenerRow(1, version, 0.0, 0.0, 0.0))
+    told = json.loads(snapshots.dump(snapshot)) | {"age_seconds": age_seconds}
+    return {
+        "supervisor.getSupervisorVersion": "4.3.0", "supervisor.getPID": 1,
+        "supervisor.getAllProcessInfo": [process_info("synapse", state)],
+        "supervisor.getAllConfigInfo": [], "synapse.getAPIVersion": "1.3",
+        "synapse.models": json.dumps(told),
+    }  # fmt: skip
+
+
+def without(*names: str) -> dict[str, object]:
+    return {name: value for name, value in answers().items() if name not in names}
+
+
+@pytest.mark.parametrize(
+    ("said", "name", "severity"),
+    [
+        (answers(), None, None),
+        (without("synapse.getAPIVersion"), "plugin-missing", Severity.ERROR),
+        (answers() | {"supervisor.getAllProcessInfo": []}, "listener-missing", Severity.ERROR),
+        (answers(state=ProcessState.FATAL), "listener-down", Severity.ERROR),
+        (answers() | {"synapse.models": ""}, "listener-silent", Severity.WARNING),
+        (answers(age_seconds=60.0), "listener-silent", Severity.ERROR),
+        (answers(version="0.0.1"), "version-differs", Severity.WARNING),
+        (without("supervisor.getPID"), "supervisord-silent", Severity.ERROR),
+    ],
+)  # fmt: skip
+def test_a_supervisord_that_is_not_well_is_told_of(
+    said: dict[str, object], name: str | None, severity: Severity | None, patient: Patient
+) -> None:
+    with answering(patient.deployment.socket, said):
+        found = patient.found()
+    ills = {"plugin-", "listener-", "version-", "supervisord-"}
+    named = [one for one in found if one.startswith(tuple(ills))]
+    assert named == ([] if name is None else [name])
+    assert name is None or found[name].severity is severity
+
+
+@contextlib.contextmanager
+def supervisord_process(patient: Patient) -> Iterator[None]:
+    """A process that looks like a supervisord on this deployment."""
+    program = patient.folder / "supervisord"
+    if not program.exists():
+        program.symlink_to(sys.executable)
+    sleep = "import time; print('up', flush=True); time.sleep(60)"
+    command = [str(program), "-c", sleep, str(patient.deployment.main_config)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as started:
+        assert started.stdout is not None
+        started.stdout.readline()
+        try:
+            yield
+        finally:
+            started.kill()
+
+
+def test_a_supervisord_without_its_socket_and_a_second_one_are_found(patient: Patient) -> None:
+    with supervisord_process(patient):
+        found = patient.found()
+        assert "supervisord-unreachable" in found
+        assert "supervisord-twice" not in found
+        with supervisord_process(patient):
+            assert "supervisord-twice" in patient.found()
 
 
 # --- whatever happens ----------------------------------------------------------------------------
