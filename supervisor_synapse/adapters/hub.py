@@ -272,10 +272,14 @@ def _known(repo: str, error: Exception) -> SynapseError | None:
             )
         case errors.OfflineModeIsEnabled():
             return ConfigError("HF_HUB_OFFLINE is set, so nothing can be downloaded: unset it")
+        case errors.LocalEntryNotFoundError():
+            return _unreachable("its last answer did not come")
         case errors.EntryNotFoundError() | errors.RevisionNotFoundError():
             return TransientError(f"{repo} changed on the hub just now: try again")
         case errors.HfHubHTTPError():
             return _by_status(repo, getattr(error.response, "status_code", 0))
+        case errors.HFValidationError():
+            return ConfigError(f"{repo!a} names no repo: OWNER/NAME, or OWNER/NAME:Q4_K_M")
     return None
 
 
@@ -310,9 +314,17 @@ def _is_of_transport(error: Exception) -> bool:
 def _on_the_way(error: Exception) -> SynapseError | None:
     """Which library carries the requests depends on the version of huggingface_hub."""
     if _is_of_transport(error) or isinstance(error, OSError):
-        why = printable(str(error).split("\n")[0]) or type(error).__name__
+        return _unreachable(printable(str(error).split("\n")[0]) or type(error).__name__)
+    if isinstance(error, ValueError | TypeError | LookupError | AttributeError):
         return TransientError(
-            f"cannot reach {endpoint()}, or it broke off: {why}; what came so far is kept: give "
-            "the same command again"
+            f"cannot read what {endpoint()} says: it does not answer as a hub does; check "
+            "HF_ENDPOINT, and whether a network asks for a login first"
         )
     return None
+
+
+def _unreachable(why: str) -> TransientError:
+    return TransientError(
+        f"cannot reach {endpoint()}, or it broke off: {why}; what came so far is kept: give "
+        "the same command again"
+    )

@@ -30,8 +30,8 @@ def check_ports(case: Case) -> Iterator[Finding]:
                 yield warning(
                     "port-taken", name,
                     f"its port {port} is taken by {sockets.describe(listener.pid)}",
-                    "end that; or leave it: when it starts, the model takes another port, unless you "
-                    "chose this one",
+                    "end that; or leave it: when it starts, the model takes another port, unless "
+                    "you chose this one",
                 )  # fmt: skip
                 break
     yield from _range(case, {listener.port for listener in listeners}, set(ours.values()))

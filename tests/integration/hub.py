@@ -38,6 +38,7 @@ class Hub:
     repos: dict[str, dict[str, bytes]] = field(default_factory=dict)
     gated: set[str] = field(default_factory=set)
     status: int = 0  # answered to everything
+    garbage: bytes = b""  # answered to everything, with status 200
     cut_after: int | None = None  # a download ends after so many bytes
     hold_after: int | None = None  # a download stands still after so many bytes, until `released`
     corrupt: bool = False  # other bytes than promised, of the same size
@@ -115,6 +116,8 @@ class _Handler(BaseHTTPRequestHandler):
         found = (info or file or [None, ""])[1]
         if self.served.status:
             self._refuse(self.served.status, "")
+        elif self.served.garbage:
+            self._send(self.served.garbage)
         elif found not in self.served.repos:
             self._refuse(404, "RepoNotFound")
         elif info:
@@ -134,7 +137,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def _send_json(self, value: object) -> None:
-        body = json.dumps(value).encode()
+        self._send(json.dumps(value).encode())
+
+    def _send(self, body: bytes) -> None:
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))

@@ -156,6 +156,7 @@ def test_what_the_disk_does_not_hold_is_refused(deployment: Deployment, hub: Hub
     [
         ("acme/nothing", 2, "has no repo acme/nothing"),
         ("acme/gated", 2, "acme/gated is gated: accept its terms"),
+        ("acme/..", 2, "names no repo"),
         ("acme/plain", 2, "holds no GGUF model"),
     ],
 )
@@ -205,6 +206,14 @@ def test_a_hub_that_fails_is_named(deployment: Deployment, hub: Hub) -> None:
     hub.status = 503
     done = deployment.synapse("pull", "acme/any", expect=1)
     assert f"{hub.url} answers with status 503: try again later" in done.err
+
+
+@pytest.mark.parametrize("garbage", [b"<html>log in first</html>", b"[]"])
+def test_what_is_no_hub_is_named(garbage: bytes, deployment: Deployment, hub: Hub) -> None:
+    hub.garbage = garbage
+    done = deployment.synapse("pull", "acme/any", expect=1)
+    assert done.err.startswith(f"synapse: cannot read what {hub.url} says")
+    assert done.err.count("\n") == 1
 
 
 def test_a_hub_that_is_not_there_is_named(shared: Deployment) -> None:
