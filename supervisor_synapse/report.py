@@ -20,6 +20,7 @@ from rich.text import Text
 from supervisor_synapse.adapters import config_files
 from supervisor_synapse.core import plan as plans
 from supervisor_synapse.core import trials
+from supervisor_synapse.core.findings import Examination, Finding, Severity
 from supervisor_synapse.core.model import Device, Phase, Program, Role, Row
 from supervisor_synapse.core.trials import Generation, Standing, Standings
 
@@ -439,3 +440,85 @@ def _narrowest(columns: Sequence[_Column], lines: Sequence[Sequence[Text]]) -> i
 def _shown(text: str) -> str:
     """Text from outside as one line that cannot steer a terminal."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+# --- what an examination found -------------------------------------------------------------------
+
+_SEVERITY_STYLES = {
+    Severity.ERROR: "bold red", Severity.WARNING: "yellow", Severity.NOTE: "cyan",
+    Severity.OK: "green",
+}  # fmt: skip
+_WORD_COLUMNS = 9  # "WARNING  "
+
+
+def examination_text(examination: Examination, *, verbose: bool = False) -> str:
+    """What is wrong, the worst first, each with how to mend it; what is well as a count."""
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else _WIDTH_WITHOUT_TERMINAL
+    least = Severity.OK if verbose else Severity.NOTE
+    lines = [
+        line
+        for finding in examination.findings
+        if finding.severity >= least
+        for line in _finding_lines(finding, width)
+    ]
+    if verbose:
+        versions = (f"{name} {version or '-'}" for name, version in examination.versions)
+        lines += ["", *Text(", ".join(versions)).wrap(Console(width=width), width)]
+    return "\n".join([*map(str, lines), *([""] if lines else []), _counted(examination)])
+
+
+def _finding_lines(finding: Finding, width: int) -> Iterator[str]:
+    """The word stands by itself on the left, so that it can be looked for."""
+    indent = " " * _WORD_COLUMNS
+    room = max(width - _WORD_COLUMNS, _NARROWEST_FOLD)
+    word = _coloured(finding.severity.name, _SEVERITY_STYLES[finding.severity])
+    first, *rest = _wrapped(f"{finding.subject}: {finding.message}", room)
+    yield f"{word}{' ' * (_WORD_COLUMNS - len(finding.severity.name))}{first}"
+    mend = _wrapped(f"mend: {finding.mend}", room) if finding.mend else []
+    copied = [f"    {line}" for line in finding.lines]  # whole, to be copied
+    yield from (f"{indent}{line}" for line in (*rest, *mend, *copied))
+
+
+def _wrapped(text: str, room: int) -> list[str]:
+    wrapped = Text(text).wrap(Console(width=room), room, overflow="fold")
+    return [line.plain.rstrip() for line in wrapped if line.plain.strip()]
+
+
+def _counted(examination: Examination) -> str:
+    """`1 error, 2 notes; 19 of 22 checks found nothing.`"""
+    counts = Counter(finding.severity for finding in examination.findings)
+    said = [
+        f"{counts[severity]} {severity.name.lower()}{'' if counts[severity] == 1 else 's'}"
+        for severity in (Severity.ERROR, Severity.WARNING, Severity.NOTE)
+        if counts[severity]
+    ]
+    well = sum(check.severity is Severity.OK for check in examination.checks)
+    every = len(examination.checks)
+    if not said:
+        return f"Nothing is wrong: {every} checks."
+    return f"{', '.join(said)}; {well} of {every} checks found nothing."
+
+
+def examination_json(examination: Examination) -> dict[str, object]:
+    """The object of `doctor --json`: findings, the worst first, without what is well."""
+    return {
+        "ok": examination.is_well,
+        "findings": [
+            _finding_json(check, finding)
+            for check, finding in examination.attributed
+            if finding.severity > Severity.OK
+        ],
+        "checks": [
+            {"name": check.check, "severity": check.severity.name.lower()}
+            for check in examination.checks
+        ],
+        "versions": dict(examination.versions),
+    }
+
+
+def _finding_json(check: str, finding: Finding) -> dict[str, object]:
+    return {
+        "id": finding.id, "severity": finding.severity.name.lower(), "check": check,
+        "subject": finding.subject, "message": finding.message, "mend": finding.mend,
+        "lines": list(finding.lines),
+    }  # fmt: skip
