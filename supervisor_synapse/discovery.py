@@ -597,7 +597,7 @@ def _missing_cache(settings: Settings, models: Sequence[Model]) -> list[Problem]
     return [
         Problem(
             printable(folder), "this cache does not exist, and no other place holds a model",
-            "download a model with `hf download`, or name the folders that hold models as "
+            "download a model with `synapse pull REPO`, or name the folders that hold models as "
             "cache_dirs or model_dirs in synapse.conf",
         )
     ]  # fmt: skip
