@@ -1,0 +1,98 @@
+"""What supervisorctl tells the listener to do: given at once, answered one after the other."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from supervisor_synapse.adapters import snapshots
+from supervisor_synapse.plugin.ctl_link import Failed, Link
+
+STALE_SECONDS = 10.0  # the listener gives a sign of life every 2 s
+LOOK = "Look at `status synapse` and var/log/synapse.log."
+
+_ANSWER_SECONDS = 15.0  # a listener that was just restarted takes a few
+_SWAP_SECONDS = 3600.0  # a large model loads from a slow disk, after a long drain
+_ROLLBACK_SECONDS = 120.0
+_POLL_SECONDS = 0.05
+_LOST = "supervisord was restarted meanwhile: look at `models`"
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one command, in a line for a person."""
+
+    ok: bool
+    message: str
+
+
+def each(link: Link, verb: str, names: Sequence[str]) -> Iterator[Outcome]:
+    """The same of several models: all are asked for before the first answer is waited for."""
+    given = [_given(link, verb, name) for name in names]
+    seconds = _ANSWER_SECONDS
+    for name, command in zip(names, given, strict=True):
+        if isinstance(command, Outcome):
+            yield command
+            continue
+        try:
+            yield _answer(link, name, command, seconds)
+        except Failed as failed:
+            seconds = 0.0  # the others wait for the same listener, and have waited as long
+            yield Outcome(False, str(failed))
+
+
+def _given(link: Link, verb: str, name: str) -> str | Outcome:
+    """The id of the command, or why there is none."""
+    try:
+        return link.ask(verb, name, about=name)
+    except Failed as failed:
+        return Outcome(False, str(failed))
+
+
+def swap(link: Link, old: str, new: str) -> Outcome:
+    """Wait until it is done, or undone.
+
+    Raises:
+        Failed: nobody knows what became of it.
+    """
+    what = f"swap {old} {new}"
+    return _answer(link, what, link.ask("swap", old, new, about=what), _SWAP_SECONDS)
+
+
+def roll_back(link: Link, name: str, generation: int) -> Outcome:
+    """Wait until it is done.
+
+    Raises:
+        Failed: nobody knows what became of it.
+    """
+    command = link.ask("rollback", name, generation, about=name)
+    return _answer(link, name, command, _ROLLBACK_SECONDS)
+
+
+def _answer(link: Link, what: str, command: str, seconds: float) -> Outcome:
+    deadline = time.monotonic() + seconds
+    while True:
+        text = link.ask("result", command, about=what, missing=_LOST)
+        if text:
+            return _read(what, text)
+        if time.monotonic() >= deadline:
+            raise Failed(_why_none(link, what))
+        time.sleep(_POLL_SECONDS)
+
+
+def _read(what: str, text: str) -> Outcome:
+    try:
+        answer = json.loads(text)
+        return Outcome(bool(answer["ok"]), str(answer["message"]))
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return Outcome(False, f"{what}: ERROR (cannot read the answer)")
+
+
+def _why_none(link: Link, what: str) -> str:
+    """A listener that is there has something else to do with these models first."""
+    age = snapshots.age_seconds(link.ask("models"))
+    if age is None or age > STALE_SECONDS:
+        return f"{what}: ERROR (the listener does not answer). {LOOK}"
+    return f"{what}: ERROR (still waits: a swap or another command comes first). Look at `models`."
