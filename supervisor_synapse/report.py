@@ -511,12 +511,14 @@ def _console(file: io.StringIO, width: int) -> Console:
 
 
 def _table(columns: Sequence[_Column], lines: Sequence[Sequence[str | Text]]) -> str:
+    """In a terminal it fits where it can; elsewhere each row is one line, for whoever filters."""
     cells = [
         [cell if isinstance(cell, Text) else Text(_shown(cell)) for cell in line] for line in lines
     ]
-    is_terminal = _is_terminal()
-    width = shutil.get_terminal_size().columns if is_terminal else _WIDTH_WITHOUT_TERMINAL
-    if is_terminal and width < max(_NARROWEST_ON_ONE_LINE, _narrowest(columns, cells)):
+    if not _is_terminal():
+        return _drawn(columns, cells, _narrowest(columns, cells, fold=False))
+    width = shutil.get_terminal_size().columns
+    if width < max(_NARROWEST_ON_ONE_LINE, _narrowest(columns, cells)):
         return _on_two_lines(columns, cells, width)
     return _drawn(columns, cells, width)
 
@@ -565,7 +567,9 @@ def _drawn(columns: Sequence[_Column], lines: Sequence[Sequence[Text]], width: i
     return "\n".join(line.rstrip() for line in text.getvalue().rstrip("\n").split("\n"))
 
 
-def _narrowest(columns: Sequence[_Column], lines: Sequence[Sequence[Text]]) -> int:
+def _narrowest(
+    columns: Sequence[_Column], lines: Sequence[Sequence[Text]], *, fold: bool = True
+) -> int:
     """The width in which nothing is cut; a narrower terminal wraps the lines.
 
     Half a port number would be worse than a line that goes on in the next.
@@ -573,7 +577,8 @@ def _narrowest(columns: Sequence[_Column], lines: Sequence[Sequence[Text]]) -> i
     width = 2 * (len(columns) - 1)
     for index, column in enumerate(columns):
         widest = max((line[index].cell_len for line in lines), default=0)
-        width += max(len(column.title), min(widest, _NARROWEST_FOLD) if column.folds else widest)
+        folds = fold and column.folds
+        width += max(len(column.title), min(widest, _NARROWEST_FOLD) if folds else widest)
     return width
 
 

@@ -56,6 +56,7 @@ class Link:
             raise Failed(_said_by(fault, about, missing)) from None
         except xmlrpc.client.ProtocolError as error:
             if error.errcode == HTTPStatus.UNAUTHORIZED:
+                self._require_a_person()
                 raise
             raise Failed(
                 f"cannot reach supervisord at {url}: HTTP status {error.errcode}"
@@ -65,6 +66,11 @@ class Link:
             raise Failed(f"cannot reach supervisord at {url}: {why}; does it run?") from None
         except (xmlrpc.client.Error, HTTPException, ExpatError) as error:
             raise Failed(f"cannot read the answer of {url}: {error}") from None
+
+    def _require_a_person(self) -> None:
+        """supervisorctl asks them for the password; else it would try again in vain, and fail."""
+        if not self._controller.options.interactive:
+            raise Failed("Server requires authentication") from None
 
 
 def _said_by(fault: xmlrpc.client.Fault, about: str, missing: str) -> str:
