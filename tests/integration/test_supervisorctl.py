@@ -194,18 +194,18 @@ def lines_of(raw: str) -> list[str]:
     return [line.rstrip() for line in _ESCAPE.sub("", raw).splitlines()]
 
 
-@pytest.mark.parametrize("command", ["models", "devices", "history"])
-def test_colours_are_for_terminals_and_for_those_who_want_them(stage: Stage, command: str) -> None:
+def test_colours_are_for_terminals_and_for_those_who_want_them(stage: Stage) -> None:
     serves(stage, "one")
-    assert _COLOUR.search(stage.shown(command))
-    assert "\x1b" not in stage.shown(command, NO_COLOR="1")
-    assert "\x1b" not in stage.shown(command, TERM="dumb")
-    assert "\x1b" not in stage.at.ctl(command).out
-    assert stage.at.ctl(command).out.isascii()
+    for command in ("models", "devices", "history"):
+        assert _COLOUR.search(stage.shown(command))
+    assert "\x1b" not in stage.shown("devices", NO_COLOR="1")
+    assert "\x1b" not in stage.shown("history", TERM="dumb")
+    piped = stage.at.ctl("devices").out
+    assert "\x1b" not in piped
+    assert piped.isascii()
 
 
-@pytest.mark.parametrize("columns", [44, 80, 200])
-@pytest.mark.parametrize("terminal", ["xterm", "dumb"])
+@pytest.mark.parametrize(("columns", "terminal"), [(44, "xterm"), (80, "dumb"), (200, "dumb")])
 def test_a_bar_of_memory_fits_the_terminal(stage: Stage, columns: int, terminal: str) -> None:
     serves(stage, "one")
     lines = lines_of(stage.shown("devices", columns=columns, TERM=terminal))
@@ -250,15 +250,9 @@ def test_of_the_history_as_much_is_shown_as_is_asked_for(stage: Stage) -> None:
 
 
 def test_the_exit_status_tells_success_failure_and_bad_usage(stage: Stage) -> None:
-    for command in (["devices"], ["history"], ["history", "one"], ["models", "one"]):
-        assert stage.at.ctl(*command, expect=0).err == ""
-    for command in (["history", "nobody"], ["models", "nobody"], ["enable", "nobody"],
-                    ["swap", "one", "nobody"], ["swap", "one", "one"]):  # fmt: skip
-        stage.at.ctl(*command, expect=1)
-    for command in (["devices", "CPU"], ["devices", "-x"], ["history", "one", "two"], ["swap"],
-                    ["history", "-n", "0"], ["history", "-n"], ["enable"], ["enable", "-x", "one"],
-                    ["disable", "--json", "one"]):  # fmt: skip
-        assert stage.at.ctl(*command, expect=2).out.startswith("Error: ")
+    assert stage.at.ctl("history", "one", expect=0).err == ""
+    assert "no such model" in stage.at.ctl("swap", "one", "nobody", expect=1).out
+    assert stage.at.ctl("disable", "--json", "one", expect=2).out.startswith("Error: ")
 
 
 # --- what models are told ------------------------------------------------------------------------
@@ -384,7 +378,7 @@ def test_over_the_network_with_a_password_all_is_the_same(stage: Stage) -> None:
         shell.press("swap on\ttw\t").wait_for("swap one two ")
 
 
-@pytest.mark.parametrize("command", ["models", "devices", "history", "enable one", "discover"])
+@pytest.mark.parametrize("command", ["devices", "enable one"])
 def test_without_a_password_a_command_fails(stage: Stage, command: str) -> None:
     said = stage.at.ctl("-s", stage.url, *command.split(), expect=1).text
     assert said == "Server requires authentication\n"
