@@ -66,7 +66,7 @@ def _command(when_interrupted: str = "") -> Callable[[_Do], Callable[..., None]]
             except Failed as failed:
                 plugin.fail(str(failed), aside=_JSON in words)
             except KeyboardInterrupt:
-                plugin.ctl.output("")  # behind the ^C
+                plugin.end_line(aside=_JSON in words)
                 plugin.fail(when_interrupted, aside=_JSON in words)
 
         return run
@@ -91,6 +91,7 @@ class SynapseControllerPlugin(ControllerPluginBase):  # type: ignore[misc]  # un
     @_command()
     def do_models(self, words: list[str]) -> None:
         names, as_json = _names_and_json("models", words)
+        names = [] if _ALL in names else names
         text = self._link.ask("models")
         self._show(ctl_show.models(text, names, as_json=as_json), as_json=as_json)
 
@@ -120,7 +121,7 @@ class SynapseControllerPlugin(ControllerPluginBase):  # type: ignore[misc]  # un
         names, as_json = _names_and_json("history", rest)
         if len(names) > 1:
             raise Usage("history accepts one name")
-        name = names[0] if names else ""
+        name = names[0] if names and names[0] != _ALL else ""
         text = self._link.ask("history", name, most, about=name)
         self._show(ctl_show.history(text, as_json=as_json), as_json=as_json)
 
@@ -172,7 +173,8 @@ class SynapseControllerPlugin(ControllerPluginBase):  # type: ignore[misc]  # un
         names, _ = _names_and_json("swap", words, takes_json=False)
         if len(names) != 2:
             raise Usage("swap requires the names of two models")
-        self._tell_outcome(ctl_commands.swap(self._link, *names))
+        old, new = names
+        self._tell_outcome(ctl_commands.swap(self._link, old, new, self._say_now))
 
     def help_swap(self) -> None:
         self._help("swap <old> <new>\tHave <new> take the place of <old>, which is drained")
@@ -244,6 +246,10 @@ class SynapseControllerPlugin(ControllerPluginBase):  # type: ignore[misc]  # un
             print(line, file=sys.stderr)
         else:
             self.ctl.output(line)
+
+    def end_line(self, *, aside: bool) -> None:
+        """The terminal has shown ^C, and stands behind it."""
+        self._say("", aside=aside)
 
     def fail(self, message: str, *, aside: bool = False) -> None:
         """The command failed; the empty message is not said."""

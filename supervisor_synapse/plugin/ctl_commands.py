@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from supervisor_synapse.adapters import snapshots
+from supervisor_synapse.errors import TransientError
 from supervisor_synapse.plugin.ctl_link import Failed, Link
 
 STALE_SECONDS = 10.0  # the listener gives a sign of life every 2 s
@@ -17,6 +19,7 @@ _ANSWER_SECONDS = 15.0  # a listener that was just restarted takes a few
 _SWAP_SECONDS = 3600.0  # a large model loads from a slow disk, after a long drain
 _ROLLBACK_SECONDS = 120.0
 _POLL_SECONDS = 0.05
+_NEWS_SECONDS = 1.0
 _LOST = "supervisord was restarted meanwhile: look at `models`"
 
 
@@ -51,14 +54,40 @@ def _given(link: Link, verb: str, name: str) -> str | Outcome:
         return Outcome(False, str(failed))
 
 
-def swap(link: Link, old: str, new: str) -> Outcome:
-    """Wait until it is done, or undone.
+def swap(link: Link, old: str, new: str, say: Callable[[str], None]) -> Outcome:
+    """Wait until it is done, or undone; `say` how far it is, where it takes its time.
 
     Raises:
         Failed: nobody knows what became of it.
     """
     what = f"swap {old} {new}"
-    return _answer(link, what, link.ask("swap", old, new, about=what), _SWAP_SECONDS)
+    command = link.ask("swap", old, new, about=what)
+    news = _News(link, (old, new), say)
+    return _answer(link, what, command, _SWAP_SECONDS, news.look)
+
+
+class _News:
+    """The phases of a few models, each said once."""
+
+    def __init__(self, link: Link, names: Sequence[str], say: Callable[[str], None]) -> None:
+        self._link, self._names, self._say = link, names, say
+        self._said: dict[str, str] = {}
+        self._looked_at = time.monotonic()
+
+    def look(self) -> None:
+        """To be called often; what cannot be read now is read the next time."""
+        if time.monotonic() < self._looked_at + _NEWS_SECONDS:
+            return
+        with contextlib.suppress(Failed, TransientError):
+            self._tell(self._link.ask("models"))
+        self._looked_at = time.monotonic()
+
+    def _tell(self, text: str) -> None:
+        rows = {row.name: row for row in snapshots.load(text).models} if text else {}
+        for row in filter(None, map(rows.get, self._names)):
+            if self._said.get(row.name) != row.phase.value:
+                self._said[row.name] = row.phase.value
+                self._say(f"{row.name}: {row.phase.value} ({row.reason})")
 
 
 def roll_back(link: Link, name: str, generation: int) -> Outcome:
@@ -71,7 +100,9 @@ def roll_back(link: Link, name: str, generation: int) -> Outcome:
     return _answer(link, name, command, _ROLLBACK_SECONDS)
 
 
-def _answer(link: Link, what: str, command: str, seconds: float) -> Outcome:
+def _answer(
+    link: Link, what: str, command: str, seconds: float, meanwhile: Callable[[], None] | None = None
+) -> Outcome:
     deadline = time.monotonic() + seconds
     while True:
         text = link.ask("result", command, about=what, missing=_LOST)
@@ -79,6 +110,8 @@ def _answer(link: Link, what: str, command: str, seconds: float) -> Outcome:
             return _read(what, text)
         if time.monotonic() >= deadline:
             raise Failed(_why_none(link, what))
+        if meanwhile is not None:
+            meanwhile()
         time.sleep(_POLL_SECONDS)
 
 

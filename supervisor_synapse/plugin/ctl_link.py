@@ -75,7 +75,7 @@ class Link:
 
 def _said_by(fault: xmlrpc.client.Fault, about: str, missing: str) -> str:
     if fault.faultCode == Faults.UNKNOWN_METHOD:
-        return "supervisord runs without [rpcinterface:synapse]"
+        return "supervisord runs without [rpcinterface:synapse], or with an older one: restart it"
     if fault.faultCode == Faults.BAD_NAME and about:
         return f"{about}: ERROR ({missing})"
     return str(fault.faultString)

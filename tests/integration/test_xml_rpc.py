@@ -37,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("llama_server")
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "docs" / "examples"
 DOCUMENT = (ROOT / "docs" / "xml-rpc.md").read_text()
-LOGIN = ("synapse", 'se"cr\\et')
+LOGIN = ("synapse", 'open"sesame\\7')
 SECONDS = 30.0
 SETTINGS = """
 enable = none
@@ -136,18 +136,17 @@ class Stage:
         wait_until(lambda: self.phase(name) == "ready", SECONDS)
         wait_until(lambda: self.phase(other) in ("stopped", "disabled"), SECONDS)
 
-    def example(self, program: str, *arguments: str, expect: int = 0) -> str:
-        """What an example says; the password is in no command line."""
+    def example(self, program: str, *arguments: str, expect: int = 0, **environment: str) -> str:
+        """What an example says: on stdout, or where it fails on stderr."""
         secret = self.at.root / "password"
         secret.write_text(f"{LOGIN[1]}\n")
-        environment = self.at.environment() | {
-            "SYNAPSE_URL": self.url, "SYNAPSE_PASSWORD_FILE": str(secret),
-        }  # fmt: skip
+        ours = {"SYNAPSE_URL": self.url, "SYNAPSE_PASSWORD_FILE": str(secret)}
         interpreter = sys.executable if program.endswith(".py") else "bash"
         command = [interpreter, str(EXAMPLES / program), *arguments]
         done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=60, check=False
-        )
+            command, env=self.at.environment() | ours | environment, capture_output=True, text=True,
+            timeout=60, check=False,
+        )  # fmt: skip
         assert done.returncode == expect, done
         return done.stdout if expect == 0 else done.stderr
 
@@ -435,16 +434,25 @@ def test_the_example_with_curl_does_the_same(stage: Stage) -> None:
     assert "curl.sh" in stage.example("curl.sh", expect=2)
 
 
-@pytest.mark.skipif(os.name != "posix" or shutil.which("curl") is None, reason="no curl here")
+@pytest.mark.skipif(shutil.which("curl") is None, reason="no curl here")
+def test_the_password_stands_in_no_command_line(stage: Stage) -> None:
+    """A curl that notes how it was called, and then is the real one."""
+    notes, folder = stage.at.root / "notes", stage.at.root / "bin"
+    folder.mkdir()
+    (folder / "curl").write_text(
+        f'#!/bin/sh\necho "$@" >> {notes}\nexec {shutil.which("curl")} "$@"\n'
+    )
+    (folder / "curl").chmod(0o700)
+    assert json.loads(stage.example("curl.sh", "devices", PATH=f"{folder}:{os.environ['PATH']}"))
+    assert "--config -" in notes.read_text()
+    assert "sesame" not in notes.read_text()
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="no curl here")
 @pytest.mark.parametrize("program", ["backend.py", "curl.sh"])
 def test_an_example_with_a_wrong_password_says_so(stage: Stage, program: str) -> None:
     secret = stage.at.root / "wrong"
     secret.write_text("wrong")
-    environment = {"SYNAPSE_URL": stage.url, "SYNAPSE_PASSWORD_FILE": str(secret)}
-    done = subprocess.run(
-        [sys.executable if program == "backend.py" else "bash", str(EXAMPLES / program), "models"],
-        env=os.environ | environment, capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
-    assert done.returncode == 1
-    assert "401" in done.stderr
-    assert "Traceback" not in done.stderr
+    said = stage.example(program, "models", expect=1, SYNAPSE_PASSWORD_FILE=str(secret))
+    assert "401" in said
+    assert "Traceback" not in said

@@ -21,7 +21,7 @@ from supervisor.options import ClientOptions
 from supervisor.supervisorctl import Controller
 
 from supervisor_synapse.adapters import history, snapshots
-from supervisor_synapse.core.model import DeviceRow, Holding, Row, Snapshot
+from supervisor_synapse.core.model import DeviceRow, Holding, Phase, Row, Snapshot
 from supervisor_synapse.plugin import ctl_commands
 from tests.unit import scripted
 from tests.unit.builders import GIB, row
@@ -130,6 +130,12 @@ def test_one_model_can_be_asked_for(ctl: Terminal, line: str) -> None:
     said = ctl.show(line, row(name="a"), row(name="b"))
     assert said.status == 0
     assert [model["name"] for model in json.loads(said.out)] == ["b"]
+
+
+def test_all_models_can_be_asked_for_by_that_word(ctl: Terminal) -> None:
+    """As in `status all`."""
+    said = ctl.show("models all", row(name="a"), row(name="b"))
+    assert (said.status, len(said.out.splitlines())) == (0, 3)
 
 
 def test_several_models_can_be_asked_for(ctl: Terminal) -> None:
@@ -313,6 +319,28 @@ def test_a_swap_that_failed_is_a_failure_in_the_listeners_words(ctl: Terminal) -
     words = "b did not become ready (out-of-memory); a is back"
     said = ctl.ask("swap a b", by_method(swap=answer("e-1"), result=result(False, words)))
     assert said == Said(1, words + "\n", "")
+
+
+def test_a_swap_that_takes_its_time_says_how_far_it_is(
+    ctl: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each phase once, and nothing of other models."""
+    monkeypatch.setattr(ctl_commands, "_NEWS_SECONDS", 0.0)
+    looks = [
+        published(row(name="b", phase=phase, reason=why), row(name="a"), row(name="c"))
+        for phase, why in ((Phase.PENDING, "enabled"), (Phase.LOADING, "1"), (Phase.LOADING, "2"))
+    ]
+    done = result(True, "b serves, a is stopped")
+    script = by_method(
+        swap=answer("e-1"), models=[*looks, fault(6, "x"), answer("x"), answer("")],
+        result=[answer("")] * 7 + [done],
+    )  # fmt: skip
+    said = ctl.ask("swap a b", script)
+    assert said.status == 0
+    assert said.out.splitlines() == [
+        "a: ready (answers 1.2 s after its start)", "b: pending (enabled)", "b: loading (1)",
+        "b serves, a is stopped",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("line", ["swap", "swap a", "swap a b c"])
