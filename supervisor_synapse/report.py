@@ -249,9 +249,10 @@ def _change(line: Line) -> Text:
 
 
 def _why_changed(line: Line) -> str:
-    if not line.evidence or line.evidence in line.reason:
-        return line.reason
-    return f"{line.reason}: {line.evidence}" if line.reason else line.evidence
+    """The class has a column of its own, and evidence is not said twice."""
+    reason = line.reason.removeprefix(f"{line.failure_class}: ")
+    evidence = "" if line.evidence in reason else line.evidence
+    return ": ".join(part for part in (reason, evidence) if part)
 
 
 def generations_table(

@@ -529,6 +529,11 @@ def test_evidence_that_the_reason_holds_already_is_not_said_twice() -> None:
     assert "- -> failed" in text
 
 
+def test_the_class_is_not_said_twice() -> None:
+    line = Line(1.0, "tiny", None, "failed", "crashed: signal 9", failure_class="crashed")
+    assert cells(report.history_table([line]))["WHY"] == "signal 9"
+
+
 @pytest.mark.parametrize("at", [1e300, -1e300, float("nan"), float("inf")])
 def test_a_time_that_is_none_is_a_dash(at: float) -> None:
     assert report.history_table([Line(at, "tiny", None, "a", "b")]).split("\n")[1][0] == "-"
