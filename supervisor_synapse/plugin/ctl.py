@@ -66,7 +66,7 @@ def _command(when_interrupted: str = "") -> Callable[[_Do], Callable[..., None]]
             except Failed as failed:
                 plugin.fail(str(failed), aside=_JSON in words)
             except KeyboardInterrupt:
-                plugin.end_line(aside=_JSON in words)
+                plugin.end_line()
                 plugin.fail(when_interrupted, aside=_JSON in words)
 
         return run
@@ -247,9 +247,10 @@ class SynapseControllerPlugin(ControllerPluginBase):  # type: ignore[misc]  # un
         else:
             self.ctl.output(line)
 
-    def end_line(self, *, aside: bool) -> None:
-        """The terminal has shown ^C, and stands behind it."""
-        self._say("", aside=aside)
+    def end_line(self) -> None:
+        """A terminal has shown ^C, and stands behind it."""
+        if self.ctl.stdout.isatty():
+            self.ctl.output("")
 
     def fail(self, message: str, *, aside: bool = False) -> None:
         """The command failed; the empty message is not said."""

@@ -771,7 +771,7 @@ def test_ctrl_c_ends_a_command_with_a_failure_and_no_traceback(
     done = ctl.ask(line, press)
     assert done.status == 1
     assert said in done.out
-    assert len(done.out.splitlines()) == (2 if said else 1)
+    assert len(done.out.splitlines()) == (1 if said else 0)
 
 
 # --- the Tab key ---------------------------------------------------------------------------------
