@@ -394,10 +394,3 @@ def test_where_somebody_sits_there_a_password_is_asked_for(stage: Stage) -> None
         terminal.press(f"{LOGIN[1]}\n").wait_for("MiB")
         assert terminal.end() == 0
         assert LOGIN[1] not in terminal.raw
-
-
-def test_tab_without_a_password_completes_no_names_and_says_nothing(stage: Stage) -> None:
-    with stage.terminal("-s", stage.url) as terminal:
-        terminal.wait_for("Username:")  # its own `status`
-        terminal.press("nobody\n").wait_for("Password:")
-        terminal.press("wrong\n").wait_for("Username:")
