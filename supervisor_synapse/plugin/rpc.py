@@ -19,7 +19,7 @@ from supervisor.rpcinterface import SupervisorNamespaceRPCInterface
 from supervisor.states import ProcessStates
 from supervisor.xmlrpc import Faults, RPCError
 
-from supervisor_synapse.plugin import reload_guard
+from supervisor_synapse.plugin import reload_guard, web
 from supervisor_synapse.plugin.board import Board, boards
 from supervisor_synapse.plugin.mailbox import Answer, Full
 
@@ -263,6 +263,7 @@ def make_rpcinterface(supervisord: Any, **config: Any) -> SynapseNamespaceRPCInt
         )
         events.subscribe(events.Tick5Event, board.watchdog.on_tick)
         _guard_reloads(supervisord)
+        web.install(supervisord, SynapseNamespaceRPCInterface)
     return SynapseNamespaceRPCInterface(supervisord, board)
 
 
