@@ -69,8 +69,8 @@ class Fault:
 
     kind: str
     evidence: str
-    when: str
     ago: str
+    so_far: str  # how often each kind of failure was met
     is_open: bool  # its evidence is shown at once
 
 
@@ -83,7 +83,6 @@ class ModelView:
     tier: str
     phase: str
     look: str
-    state: str
     health: str
     reason: str
     notes: tuple[str, ...]
@@ -93,7 +92,6 @@ class ModelView:
     queue: str
     up: str
     restarts: int
-    failures: str
     port: str
     url: str
     device: str
@@ -168,14 +166,14 @@ def shown(value: object, longest: int = _LONGEST) -> str:
 
 def make_page(
     *, snapshot: Mapping[str, Any] | None, models: Sequence[Any], devices: Sequence[Any],
-    history: Sequence[Any], age_seconds: float, mood: int, now: float,
+    history: Sequence[Any], age_seconds: float, mood: int, now: float, worded: Worded,
 ) -> Page:  # fmt: skip
     """The page of a supervisord in `mood` at `now`, on the wall clock."""
     rows = [one for one in models if isinstance(one, dict) and _is_name(one.get("name"))]
     age_seconds = age_seconds if snapshot is not None else 0.0
     listener = _dict(snapshot.get("listener")) if snapshot is not None else {}
     return Page(
-        models=tuple(_model(row, age_seconds, now) for row in rows[:_MOST_MODELS]),
+        models=worded.models(rows[:_MOST_MODELS], age_seconds, now),
         left_out=max(len(rows) - _MOST_MODELS, 0),
         counts=_counts(rows),
         devices=tuple(_device(one) for one in devices[:_MOST_DEVICES] if isinstance(one, dict)),
@@ -212,35 +210,76 @@ def _counts(rows: Iterable[Mapping[str, Any]]) -> str:
 # --- a model -------------------------------------------------------------------------------------
 
 
-def _model(row: Mapping[str, Any], age_seconds: float, now: float) -> ModelView:
+@dataclass(frozen=True, slots=True)
+class _Times:
+    """What of a model changes by itself."""
+
+    up: str
+    failed_ago: str
+    next_try: str
+
+
+class Worded:
+    """Models in words; one of which nothing changed since the last page is not worded anew."""
+
+    def __init__(self) -> None:
+        self._made: dict[str, tuple[Mapping[str, Any], _Times, ModelView]] = {}
+
+    def models(
+        self, rows: Iterable[Mapping[str, Any]], age_seconds: float, now: float
+    ) -> tuple[ModelView, ...]:
+        """The models of one snapshot, each name once; others are forgotten."""
+        made = {}
+        for row in rows:
+            name, times = str(row["name"]), _times(row, age_seconds, now)
+            before = self._made.get(name)
+            is_same = before is not None and before[0] == row and before[1] == times
+            made[name] = before if before and is_same else (row, times, _model(row, times))
+        self._made = made
+        return tuple(view for _, _, view in made.values())
+
+
+def _times(row: Mapping[str, Any], age_seconds: float, now: float) -> _Times:
+    started_at = _number(row.get("started_at"))
+    failed_at = _number(_dict(row.get("last_failure")).get("at"))
+    retry = _number(row.get("next_retry_in"))
+    return _Times(
+        "" if started_at is None else seconds_in_words(now - started_at),
+        "" if failed_at is None else f"{seconds_in_words(now - failed_at)} ago",
+        "" if retry is None else _next_try(retry - age_seconds),
+    )
+
+
+def _next_try(seconds: float) -> str:
+    return f"next try in {seconds_in_words(seconds)}" if seconds >= 1 else "next try now"
+
+
+def _model(row: Mapping[str, Any], times: _Times) -> ModelView:
     phase = _phase(row.get("phase"))
     slots, usage = _dict(row.get("slots")), _dict(row.get("usage"))
     queued = _count(usage.get("queued"))
     state = shown(row.get("state"), 20)
-    generation = _count(row.get("generation"))
     return ModelView(
         name=str(row["name"]),
         origin=shown(row.get("repo"), 120) or shown(row.get("file"), 120),
         tier=shown(row.get("tier"), 20).lower(),
         phase="" if phase is None else phase.value,
         look="idle" if phase is None else _LOOKS.get(phase, "idle"),
-        state=state,
         health=_health(phase, state, slots, usage, queued),
         reason=shown(row.get("reason")),
-        notes=tuple(_notes(row, age_seconds)),
+        notes=tuple(_notes(row, times)),
         memory=_memory(_dict(row.get("memory"))),
         memory_source=_memory_source(_dict(row.get("memory"))),
         slots=_slots(slots),
-        queue="" if queued is None else str(queued),
-        up=_up(row, state, now),
+        queue=str(queued or ""),
+        up=times.up if state in _UP else "",
         restarts=_count(row.get("restarts")) or 0,
-        failures=_failures(_dict(row.get("failures"))),
         port=str(_count(row.get("port")) or ""),
         url=_url(row.get("url")),
         device=shown(row.get("device"), 60),
         context=_grouped(_count(row.get("context"))),
-        generation="" if not generation else str(generation),
-        fault=_fault(_dict(row.get("last_failure")), phase, now),
+        generation=str(_count(row.get("generation")) or ""),
+        fault=_fault(row, times, is_open=phase in _IN_TROUBLE),
         buttons=_buttons(row, state),
         is_waiting=phase in _WAITING,
     )
@@ -268,12 +307,10 @@ def _health(
     return "at work" if _count(slots.get("busy")) else "idle"
 
 
-def _notes(row: Mapping[str, Any], age_seconds: float) -> Iterable[str]:
+def _notes(row: Mapping[str, Any], times: _Times) -> Iterable[str]:
     """What a person must know beside the reason."""
-    retry = _number(row.get("next_retry_in"))
-    if retry is not None:
-        left = max(retry - age_seconds, 0.0)
-        yield f"next try in {seconds_in_words(left)}" if left >= 1 else "next try now"
+    if times.next_try:
+        yield times.next_try
     breaker = row.get("breaker")
     if breaker == "open":
         yield "failed too often: left alone for a while"
@@ -303,13 +340,6 @@ def _slots(slots: Mapping[str, Any]) -> str:
     return f"{'-' if busy is None else busy}/{'-' if total is None else total}"
 
 
-def _up(row: Mapping[str, Any], state: str, now: float) -> str:
-    started_at = _number(row.get("started_at"))
-    if started_at is None or state not in _UP:
-        return ""
-    return seconds_in_words(max(now - started_at, 0.0))
-
-
 def _failures(failures: Mapping[str, Any]) -> str:
     """`2 crashed, 1 wedged`."""
     counted = ((_count(often), shown(kind, 30)) for kind, often in list(failures.items())[:16])
@@ -321,14 +351,14 @@ def _url(value: object) -> str:
     return value if isinstance(value, str) and _URL.fullmatch(value) else ""
 
 
-def _fault(failure: Mapping[str, Any], phase: Phase | None, now: float) -> Fault | None:
+def _fault(row: Mapping[str, Any], times: _Times, *, is_open: bool) -> Fault | None:
+    failure = _dict(row.get("last_failure"))
     kind = shown(failure.get("class"), 30)
     if not kind:
         return None
-    at = _number(failure.get("at"))
-    ago = "" if at is None else f"{seconds_in_words(max(now - at, 0.0))} ago"
     return Fault(
-        kind, shown(failure.get("message")), _stamp(at), ago, phase in _IN_TROUBLE
+        kind, shown(failure.get("message")), times.failed_ago,
+        _failures(_dict(row.get("failures"))), is_open,
     )  # fmt: skip
 
 
@@ -427,7 +457,7 @@ def _line(line: Mapping[str, Any], now: float) -> Line:
 
 def seconds_in_words(seconds: float) -> str:
     """`7 s`, `3 min`, `2 h 5 min`, `4 d 3 h`."""
-    whole = int(min(seconds, 1e10))
+    whole = int(min(max(seconds, 0.0), 1e10))
     if whole < 60:
         return f"{whole} s"
     minutes, hours, days = whole // 60, whole // 3600, whole // 86400

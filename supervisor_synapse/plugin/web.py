@@ -29,7 +29,7 @@ from supervisor.web import VIEWS
 from supervisor_synapse.plugin import origin, stock_page
 from supervisor_synapse.plugin.actions import BadForm, Commands, carry_out, settle
 from supervisor_synapse.plugin.board import Board, boards
-from supervisor_synapse.plugin.page import ModelView, Page, make_page, shown
+from supervisor_synapse.plugin.page import ModelView, Page, Worded, make_page, shown
 from supervisor_synapse.plugin.sessions import Sessions, Wish, cookie, set_cookie
 from supervisor_synapse.render import shipped
 
@@ -81,6 +81,7 @@ class _Texts:
     """What the page is made of."""
 
     page: jinja2.Template
+    worded: Worded
     rows: Rows
     style: bytes
     script: bytes
@@ -126,7 +127,7 @@ def load_texts(source: Callable[[str], str | None] = shipped) -> _Texts:
     style, script = (_file(source, name) for name in (_STYLE, _SCRIPT))
     version = hashlib.sha256(style + script).hexdigest()[:12]
     page, row = (environment.get_template(name) for name in (_PAGE_TEMPLATE, _ROW_TEMPLATE))
-    return _Texts(page, Rows(row), style, script, version)
+    return _Texts(page, Worded(), Rows(row), style, script, version)
 
 
 def _file(source: Callable[[str], str | None], name: str) -> bytes:
@@ -237,8 +238,9 @@ class PageView(_View):
             headers["Set-Cookie"] = set_cookie(self._cookie_name, self._session)
         page = self._seen()
         text = self._texts.page.render(
-            page=page, rows=self._texts.rows.render(page.models), wishes=self._wishes(), notice=notice,
-            token=_sessions.token(self._session), version=self._texts.version,
+            page=page, rows=self._texts.rows.render(page.models), notice=notice,
+            wishes=self._wishes(), token=_sessions.token(self._session),
+            version=self._texts.version,
         )  # fmt: skip
         return self._reply(status, text.encode(), "text/html;charset=utf-8", headers)
 
@@ -248,12 +250,12 @@ class PageView(_View):
         if board is None:
             return make_page(
                 snapshot=None, models=(), devices=(), history=(), age_seconds=0.0,
-                mood=mood, now=time.time(),
+                mood=mood, now=time.time(), worded=self._texts.worded,
             )  # fmt: skip
         return make_page(
             snapshot=board.snapshot, models=board.models(self._supervisord),
             devices=board.devices(), history=board.history(), age_seconds=board.age_seconds,
-            mood=mood, now=time.time(),
+            mood=mood, now=time.time(), worded=self._texts.worded,
         )  # fmt: skip
 
     def _wishes(self) -> list[Wish]:

@@ -12,22 +12,11 @@ from __future__ import annotations
 import base64
 import contextlib
 import http.client
-import json
-import os
-import shutil
-import socket
-import subprocess
 import sys
-import tempfile
 import time
-import xmlrpc.client
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import psutil
-
-from supervisor_synapse.adapters import snapshots
 from supervisor_synapse.core.model import (
     DeviceRow,
     Failure,
@@ -39,14 +28,13 @@ from supervisor_synapse.core.model import (
     Snapshot,
 )
 from tests.bench.table import Figure, show
+from tests.integration.bare_supervisord import LOGIN, BareSupervisord, bare_supervisord
 from tests.unit.builders import GIB, MIB, row
 
 MODELS = 50
 _ROUNDS = 5
 _VIEWS = 40
 _LINES_OF_EACH = 50
-_LOGIN = "synapse:password"
-_START_SECONDS = 20.0
 
 
 def fleet(count: int) -> tuple[Row, ...]:
@@ -89,75 +77,19 @@ def history(rows: tuple[Row, ...]) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-class Host:
-    """A supervisord with our plugin and idle programs, and nobody else."""
-
-    def __init__(self, count: int) -> None:
-        self.root = Path(tempfile.mkdtemp(prefix="syn-page", dir="/tmp"))
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = int(probe.getsockname()[1])
-        user, password = _LOGIN.split(":")
-        programs = "\n".join(
-            f"[program:{one.name}]\ncommand=/bin/synapse-run\nautostart=false" for one in fleet(count)
-        )
-        config = self.root / "supervisord.conf"
-        config.write_text(
-            f"[inet_http_server]\nport=127.0.0.1:{self.port}\nusername={user}\n"
-            f"password={password}\n"
-            f"[supervisord]\nlogfile={self.root}/log\npidfile={self.root}/pid\nnodaemon=true\n"
-            f"childlogdir={self.root}\n"
-            "[rpcinterface:supervisor]\n"
-            "supervisor.rpcinterface_factory=supervisor.rpcinterface:make_main_rpcinterface\n"
-            "[rpcinterface:synapse]\n"
-            "supervisor.rpcinterface_factory=supervisor_synapse.plugin.rpc:make_rpcinterface\n"
-            f"{programs}\n"
-        )
-        supervisord = Path(sys.executable).parent / "supervisord"
-        self._process = subprocess.Popen(
-            [str(supervisord), "-c", str(config)], stdout=subprocess.DEVNULL, cwd=self.root
-        )
-        self.seen = psutil.Process(self._process.pid)
-        self.rpc = xmlrpc.client.ServerProxy(f"http://{_LOGIN}@127.0.0.1:{self.port}/RPC2")
-        self._wait()
-
-    def _wait(self) -> None:
-        deadline = time.monotonic() + _START_SECONDS
-        while True:
-            try:
-                self.rpc.supervisor.getState()
-                return
-            except OSError:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.05)
-
-    def publish(self, snapshot: Snapshot, lines: list[dict[str, Any]]) -> None:
-        """As the listener does."""
-        self.rpc.synapse.publish(snapshots.dump(snapshot))
-        self.rpc.synapse.record(json.dumps(lines), True)
-
-    def close(self) -> None:
-        self._process.terminate()
-        self._process.wait(10)
-        shutil.rmtree(self.root, ignore_errors=True)
-
-
 @contextlib.contextmanager
-def running(count: int) -> Iterator[Host]:
-    host = Host(count)
-    try:
-        rows = fleet(count)
-        listener = ListenerRow(1, "1.0", time.time(), 0.01, 0.0)
+def running(count: int) -> Iterator[BareSupervisord]:
+    """supervisord with so many models, and all there is to say of them."""
+    rows = fleet(count)
+    listener = ListenerRow(1, "1.0", time.time(), 0.01, 0.0)
+    with bare_supervisord(one.name for one in rows) as host:
         host.publish(Snapshot(time.time(), rows, (device(rows),), listener), history(rows))
         yield host
-    finally:
-        host.close()
 
 
-def views(host: Host, path: str) -> tuple[float, int]:
+def views(host: BareSupervisord, path: str) -> tuple[float, int]:
     """CPU milliseconds of supervisord a view, and the bytes of one."""
-    token = base64.b64encode(_LOGIN.encode()).decode()
+    token = base64.b64encode(":".join(LOGIN).encode()).decode()
     headers = {"Authorization": f"Basic {token}", "Accept-Encoding": "gzip"}
     connection = http.client.HTTPConnection("127.0.0.1", host.port, timeout=30)
     before, size = _cpu_seconds(host), 0
@@ -171,13 +103,12 @@ def views(host: Host, path: str) -> tuple[float, int]:
     return spent / _VIEWS * 1000, size
 
 
-def _cpu_seconds(host: Host) -> float:
-    times = host.seen.cpu_times()
+def _cpu_seconds(host: BareSupervisord) -> float:
+    times = host.process.cpu_times()
     return float(times.user + times.system)
 
 
 def main() -> int:
-    os.environ["PYTHONWARNINGS"] = "ignore"
     with running(MODELS) as host:
         views(host, "/synapse.html")
         ours = [views(host, "/synapse.html") for _ in range(_ROUNDS)]
