@@ -28,6 +28,11 @@ _MOST_LINES = 30
 _LONGEST = 400
 _BAR_UNITS = 1000.0  # of the drawing
 _URL = re.compile(r"https?://[A-Za-z0-9.\-]+(:\d{1,5})?|http://\[[0-9A-Fa-f:]+\](:\d{1,5})?")
+# Keys where they are usually met: a command line, a header, an environment, and those of well-known
+# services by how they begin.
+_KEY = re.compile(
+    r"(--api-key[ =]|[Bb]earer |API_KEY=|\bhf_(?=\w{16})|\bsk-(?=[\w-]{16}))[^\s\"']+"
+)
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 
 _ORDER = (
@@ -155,12 +160,13 @@ class Page:
 
 
 def shown(value: object, longest: int = _LONGEST) -> str:
-    """Text from outside, on one line, without control characters and overrides of direction."""
+    """Text from outside, on one line, without control characters, overrides of direction and keys."""
     if not isinstance(value, str):
         return ""
     text = value[: 4 * longest]
     if not text.isprintable():
         text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    text = _KEY.sub(r"\1***", text)
     return text if len(text) <= longest else text[: longest - 3] + "..."
 
 

@@ -56,6 +56,7 @@ _CHANGING = {"Cache-Control": "no-store"}
 _LASTING = {"Cache-Control": "private, max-age=31536000, immutable", "Vary": "Accept-Encoding"}
 
 _MakeCommands = Callable[[Any, Board], Commands]
+_Source = Callable[[str], str | None]
 _Reply = dict[str, Any]
 
 
@@ -92,9 +93,13 @@ class _Texts:
 _sessions = Sessions()
 
 
-def install(supervisord: Any, make_commands: _MakeCommands) -> None:
-    """Serve the page; what cannot be done is logged, and keeps nobody from starting."""
-    steps = (origin.install, stock_page.install, functools.partial(_serve, make_commands))
+def install(supervisord: Any, make_commands: _MakeCommands, source: _Source = shipped) -> None:
+    """Serve the page; what cannot be done is logged, and keeps nobody from starting.
+
+    `source`: the text of a file that came with the package, None where it did not.
+    """
+    serve = functools.partial(_serve, make_commands, source)
+    steps = (origin.install, stock_page.install, serve)
     for step in steps:
         try:
             step()
@@ -102,8 +107,8 @@ def install(supervisord: Any, make_commands: _MakeCommands) -> None:
             supervisord.options.logger.critical(traceback.format_exc())
 
 
-def _serve(make_commands: _MakeCommands) -> None:
-    texts = load_texts()
+def _serve(make_commands: _MakeCommands, source: _Source) -> None:
+    texts = _load(source)
     views = {
         PAGE: functools.partial(PageView, texts, make_commands),
         _STYLE: functools.partial(FileView, texts.style, "text/css;charset=utf-8"),
@@ -113,13 +118,7 @@ def _serve(make_commands: _MakeCommands) -> None:
         VIEWS[name] = {"template": None, "view": view}
 
 
-def load_texts(source: Callable[[str], str | None] = shipped) -> _Texts:
-    """Read and compile everything.
-
-    Raises:
-        jinja2.TemplateError: the template is broken or not there.
-        FileNotFoundError: the style or the script is not there.
-    """
+def _load(source: _Source) -> _Texts:
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(source), undefined=jinja2.StrictUndefined,
         autoescape=True, trim_blocks=True, lstrip_blocks=True,
@@ -130,7 +129,7 @@ def load_texts(source: Callable[[str], str | None] = shipped) -> _Texts:
     return _Texts(page, Worded(), Rows(row), style, script, version)
 
 
-def _file(source: Callable[[str], str | None], name: str) -> bytes:
+def _file(source: _Source, name: str) -> bytes:
     text = source(name)
     if text is None:
         raise FileNotFoundError(f"{name} did not come with the package")

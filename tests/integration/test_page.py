@@ -51,7 +51,7 @@ def window() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def fleet(window: Browser) -> Iterator[Deployment]:
-    """Two models that are ready, one of a repo whose name would be a script, and the page."""
+    """Two models that are ready, and the page."""
     with deployed(_SETTINGS) as place:
         place.add("alpha", "beta")
         place.synapse("init")
@@ -156,7 +156,7 @@ def test_what_was_opened_stays_open_and_what_was_closed_stays_closed(
     window.wait_for(f"document.getElementById('why-{_ALPHA}') !== null", "a failure to show")
     window.click(f"#why-{_ALPHA} summary")
     opened = window.js(f"return document.getElementById('why-{_ALPHA}').open")
-    _wait_for_turns(window, 2)
+    _wait_for_turns(window, 1)
     assert window.js(f"return document.getElementById('why-{_ALPHA}').open") == opened
 
 
@@ -362,8 +362,7 @@ return bad;
 """
 
 
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-@pytest.mark.parametrize("width", [340, 390, 800, 1280])
+@pytest.mark.parametrize(("width", "dark"), [(340, False), (390, True), (800, False), (1280, True)])
 def test_nothing_overflows_and_all_can_be_read(
     bare: BareSupervisord, window: Browser, width: int, dark: bool
 ) -> None:
