@@ -160,7 +160,7 @@ class Page:
 
 
 def shown(value: object, longest: int = _LONGEST) -> str:
-    """Text from outside, on one line, without control characters, overrides of direction and keys."""
+    """Text from outside, on one line; without control characters, changes of direction and keys."""
     if not isinstance(value, str):
         return ""
     text = value[: 4 * longest]

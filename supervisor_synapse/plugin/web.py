@@ -6,7 +6,7 @@ a redirection to the page, which tells what came of it. What a page says in its 
 nothing.
 
 Views are entered into supervisor's own list of pages, so they stand behind its password, and
-outlive a reload. Texts are read when the plugin is loaded. Nothing here may leave a view:
+outlive a reload. Texts are read when the plugin is imported. Nothing here may leave a view:
 supervisord's loop is above.
 """
 
@@ -19,6 +19,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -31,7 +32,6 @@ from supervisor_synapse.plugin.actions import BadForm, Commands, carry_out, sett
 from supervisor_synapse.plugin.board import Board, boards
 from supervisor_synapse.plugin.page import ModelView, Page, Worded, make_page, shown
 from supervisor_synapse.plugin.sessions import Sessions, Wish, cookie, set_cookie
-from supervisor_synapse.render import shipped
 
 PAGE = "synapse.html"
 
@@ -56,7 +56,7 @@ _CHANGING = {"Cache-Control": "no-store"}
 _LASTING = {"Cache-Control": "private, max-age=31536000, immutable", "Vary": "Accept-Encoding"}
 
 _MakeCommands = Callable[[Any, Board], Commands]
-_Source = Callable[[str], str | None]
+_Source = Callable[[str], str]
 _Reply = dict[str, Any]
 
 
@@ -93,22 +93,51 @@ class _Texts:
 _sessions = Sessions()
 
 
-def install(supervisord: Any, make_commands: _MakeCommands, source: _Source = shipped) -> None:
-    """Serve the page; what cannot be done is logged, and keeps nobody from starting.
+def load(source: _Source) -> _Texts | str:
+    """Everything read and compiled; in place of that, what is wrong with it.
 
-    `source`: the text of a file that came with the package, None where it did not.
+    `source`: the text of a file by its name.
     """
-    serve = functools.partial(_serve, make_commands, source)
-    steps = (origin.install, stock_page.install, serve)
-    for step in steps:
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(source), undefined=jinja2.StrictUndefined,
+        autoescape=True, trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    try:
+        style, script = source(_STYLE).encode(), source(_SCRIPT).encode()
+        version = hashlib.sha256(style + script).hexdigest()[:12]
+        page, row = (environment.get_template(name) for name in (_PAGE_TEMPLATE, _ROW_TEMPLATE))
+        return _Texts(page, Worded(), Rows(row), style, script, version)
+    except Exception:
+        return traceback.format_exc()
+
+
+def _shipped(name: str) -> str:
+    """templates/ stands at the top of a checkout, and inside an installed package."""
+    package = Path(__file__).parent.parent
+    inside = package / "templates" / name
+    path = inside if inside.is_file() else package.parent / "templates" / name
+    return path.read_text(encoding="utf-8")
+
+
+# Read when supervisord imports the plugin, before it serves anybody.
+_texts = load(_shipped)
+
+
+def install(
+    supervisord: Any, make_commands: _MakeCommands, texts: _Texts | str = _texts
+) -> None:  # fmt: skip
+    """Serve the page; what cannot be done is logged, and keeps nobody from starting."""
+    serve = functools.partial(_serve, make_commands, texts)
+    for step in (origin.install, stock_page.install, serve):
         try:
             step()
         except Exception:
             supervisord.options.logger.critical(traceback.format_exc())
 
 
-def _serve(make_commands: _MakeCommands, source: _Source) -> None:
-    texts = _load(source)
+def _serve(make_commands: _MakeCommands, texts: _Texts | str) -> None:
+    if isinstance(texts, str):
+        raise RuntimeError(f"the page cannot be shown: {texts}")
     views = {
         PAGE: functools.partial(PageView, texts, make_commands),
         _STYLE: functools.partial(FileView, texts.style, "text/css;charset=utf-8"),
@@ -116,24 +145,6 @@ def _serve(make_commands: _MakeCommands, source: _Source) -> None:
     }
     for name, view in views.items():
         VIEWS[name] = {"template": None, "view": view}
-
-
-def _load(source: _Source) -> _Texts:
-    environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(source), undefined=jinja2.StrictUndefined,
-        autoescape=True, trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    style, script = (_file(source, name) for name in (_STYLE, _SCRIPT))
-    version = hashlib.sha256(style + script).hexdigest()[:12]
-    page, row = (environment.get_template(name) for name in (_PAGE_TEMPLATE, _ROW_TEMPLATE))
-    return _Texts(page, Worded(), Rows(row), style, script, version)
-
-
-def _file(source: _Source, name: str) -> bytes:
-    text = source(name)
-    if text is None:
-        raise FileNotFoundError(f"{name} did not come with the package")
-    return text.encode()
 
 
 class _View:

@@ -10,9 +10,12 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import subprocess
+import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlencode
@@ -44,7 +47,6 @@ from supervisor_synapse.plugin.mailbox import Answer
 from supervisor_synapse.plugin.page import seconds_in_words, shown
 from supervisor_synapse.plugin.rpc import SynapseNamespaceRPCInterface
 from supervisor_synapse.plugin.sessions import Sessions, Wish, cookie
-from supervisor_synapse.render import shipped
 from tests.unit.builders import GIB, MIB, row
 
 # supervisor's own way with addresses.
@@ -525,15 +527,63 @@ def test_a_view_that_fails_is_logged_and_answered() -> None:
     assert "ZeroDivisionError" not in reply.text
 
 
-@pytest.mark.parametrize("text", ["{% broken", None])
-def test_a_template_that_cannot_be_loaded_keeps_nobody_from_starting(text: str | None) -> None:
+def source(name: str) -> str:
+    return (Path(__file__).parents[2] / "templates" / name).read_text()
+
+
+def test_the_texts_that_were_shipped_are_those_of_the_checkout() -> None:
+    texts = web.load(source)
+    assert not isinstance(texts, str)
+    assert Visitor(installed()).get("/synapse.css").text == source("synapse.css")
+    assert texts.version in Visitor(installed()).get().text
+
+
+def broken(name: str) -> str:
+    return "{% broken" if name.endswith(".j2") else ""
+
+
+def missing(name: str) -> str:
+    raise FileNotFoundError(name)
+
+
+@pytest.mark.parametrize(
+    ("texts", "why"), [(broken, "TemplateSyntaxError"), (missing, "FileNotFoundError: synapse.css")]
+)
+def test_a_template_that_cannot_be_loaded_keeps_nobody_from_starting(
+    texts: Callable[[str], str], why: str
+) -> None:
     host = Host()
-    web.install(
-        host, SynapseNamespaceRPCInterface,
-        lambda name: text if name.endswith(".j2") else shipped(name),
-    )  # fmt: skip
-    assert "Template" in host.logged[0]
+    web.install(host, SynapseNamespaceRPCInterface, web.load(texts))
+    assert why in host.logged[0]
     assert "synapse.html" not in stock.VIEWS
+    assert rpc({"Sec-Fetch-Site": "cross-site"}) == 403
+
+
+_WATCHED = """
+import sys
+from tests.unit.test_plugin_web import Process, Visitor, visiting
+done, watching = [], False
+def hook(event, arguments):
+    if watching and event.split(".")[0] in ("open", "socket", "subprocess", "os", "time", "import"):
+        done.append((event, str(arguments)))
+sys.addaudithook(hook)
+visitor = visiting(tiny=Process())
+watching = True
+visitor.get()
+visitor.do("disable tiny")
+visitor.do("restart tiny")
+watching = False
+print(done)
+"""
+
+
+def test_a_view_opens_nothing_starts_nothing_imports_nothing() -> None:
+    """Watched by the interpreter itself."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", _WATCHED], capture_output=True, text=True,
+        check=False, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
 
 
 def test_to_install_twice_changes_nothing() -> None:
