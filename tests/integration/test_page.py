@@ -397,3 +397,18 @@ def test_without_a_listener_the_page_says_so(window: Browser) -> None:
         assert "has not spoken yet" in window.text("#warning")
         host.publish(Snapshot(time.time(), (), (), None))
         window.wait_for("/No models yet/.test(document.getElementById('models').innerText)")
+
+
+def test_an_open_page_works_on_after_supervisord_was_reloaded(window: Browser) -> None:
+    with bare_supervisord(["tiny"]) as host:
+        host.publish(Snapshot(time.time(), (row(name="tiny"),), (), None))
+        _show(window, host)
+        window.wait_for(f"{_phase('tiny')} === 'ready'")
+        with host.rpc() as server:
+            server.supervisor.restart()
+        window.wait_for("/has not spoken yet/.test(document.querySelector('main').innerText)")
+        host.publish(Snapshot(time.time(), (row(name="tiny"),), (), None))
+        window.wait_for(f"{_phase('tiny')} === 'ready'")
+        window.click("button[value='disable tiny']")
+        window.wait_for("/under way disable tiny/.test(document.querySelector('main').innerText)")
+        window.complaints()  # of the moment in which nobody answered
