@@ -19,7 +19,7 @@ from supervisor.rpcinterface import SupervisorNamespaceRPCInterface
 from supervisor.states import ProcessStates, SupervisorStates
 from supervisor.xmlrpc import Faults, RPCError
 
-from supervisor_synapse.plugin import metrics, reload_guard
+from supervisor_synapse.plugin import metrics, reload_guard, web
 from supervisor_synapse.plugin.board import Board, boards
 from supervisor_synapse.plugin.mailbox import Answer, Full, KeyTaken
 
@@ -294,6 +294,7 @@ def make_rpcinterface(supervisord: Any, **config: Any) -> SynapseNamespaceRPCInt
         events.subscribe(events.Tick5Event, board.watchdog.on_tick)
         _guard_reloads(supervisord)
         metrics.install(supervisord)
+        web.install(supervisord, SynapseNamespaceRPCInterface)
     return SynapseNamespaceRPCInterface(supervisord, board)
 
 

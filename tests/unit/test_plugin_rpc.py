@@ -542,7 +542,7 @@ def test_it_loads_nothing_heavy_into_supervisord() -> None:
     """supervisord pays for each module in memory, for as long as it lives."""
     code = "import sys, supervisor_synapse.plugin.rpc; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert not {"pydantic", "rich", "requests", "jinja2", "gguf", "numpy", "huggingface_hub"} & set(
+    assert not {"pydantic", "rich", "requests", "gguf", "numpy", "huggingface_hub"} & set(
         done.stdout.split()
     )
 
