@@ -862,8 +862,8 @@ def test_what_the_plugin_refuses_is_shown_with_its_reason(
 
 def test_a_full_mailbox_is_told() -> None:
     visitor = visiting(tiny=Process())
-    for _ in range(256):
-        visitor.host.board.mailbox.post("enable", "tiny")
+    for number in range(256):
+        visitor.host.board.mailbox.post("enable", f"model-{number}")
     assert "takes no commands now" in visitor.do("disable tiny")
 
 

@@ -243,9 +243,13 @@ def test_what_up_ends_with_says_where_the_models_answer() -> None:
 
 
 def test_what_up_ends_with_is_what_the_readme_shows() -> None:
-    name, said = "qwen2.5-1.5b-instruct-q4_k_m", "answered 1.1 s after its start"
-    with terminal(80):
-        text = _COLOUR.sub("", report.ready_table([row(name=name, reason=said)]))
+    demo = row(name="demo-f16", reason="answered 0.6 s after its start")
+    gemma = row(
+        name="gemma-3-270m-q4_k_m", port=8101, url="http://127.0.0.1:8101",
+        reason="answered 2.1 s after its start",
+    )  # fmt: skip
+    with terminal(120):
+        text = _COLOUR.sub("", report.ready_table([demo, gemma]))
     readme = Path(__file__).resolve().parents[2].joinpath("README.md").read_text()
     assert "\n".join(line.rstrip() for line in text.split("\n")) in readme
 
