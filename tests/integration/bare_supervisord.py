@@ -40,7 +40,11 @@ class BareSupervisord:
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, cwd=self.root,
         )  # fmt: skip
         self.process = psutil.Process(self._process.pid)
-        wait_until(self._answers, _START_SECONDS, "supervisord answers")
+        try:
+            wait_until(self._answers, _START_SECONDS, "supervisord answers")
+        except BaseException:
+            self.close()
+            raise
 
     def _configure(self, programs: Mapping[str, str]) -> None:
         user, password = LOGIN
