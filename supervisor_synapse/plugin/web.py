@@ -206,12 +206,7 @@ class PageView(_View):
         self._session = cookie(self._cookie_name, self._said.get("cookie", ""))
 
     def _answer(self) -> _Reply:
-        if self._request.command == "GET":
-            return self._page(200)
-        if self._request.command == "POST":
-            return self._act()
-        self._request["Allow"] = "GET, POST"
-        return self._plain(405, "This is only to be read, or acted on by its own forms.")
+        return self._act() if self._request.command == "POST" else self._page(200)
 
     # acting
 
@@ -234,6 +229,7 @@ class PageView(_View):
             wish = carry_out(form, self._supervisord, board, commands)
         except BadForm as error:
             return self._page(400, f"Nothing was done: {error}.")
+        wish.text = shown(wish.text)  # as typed by whoever made the form
         _sessions.note(self._session, wish)
         # supervisor would make a 301 of a Location among the view's own headers.
         self._request["Location"] = PAGE
@@ -255,17 +251,12 @@ class PageView(_View):
         return self._reply(status, text.encode(), "text/html;charset=utf-8", headers)
 
     def _seen(self) -> Page:
-        board = self._board
-        mood = self._supervisord.options.mood
-        if board is None:
-            return make_page(
-                snapshot=None, models=(), devices=(), history=(), age_seconds=0.0,
-                mood=mood, now=time.time(), worded=self._texts.worded,
-            )  # fmt: skip
+        # After a reload without the plugin the page is still there, and nobody tells it anything.
+        board = self._board or Board(self._supervisord)
         return make_page(
             snapshot=board.snapshot, models=board.models(self._supervisord),
             devices=board.devices(), history=board.history(), age_seconds=board.age_seconds,
-            mood=mood, now=time.time(), worded=self._texts.worded,
+            mood=self._supervisord.options.mood, now=time.time(), worded=self._texts.worded,
         )  # fmt: skip
 
     def _wishes(self) -> list[Wish]:
@@ -273,7 +264,7 @@ class PageView(_View):
         for wish in found:
             if self._board is not None:
                 settle(wish, self._supervisord, self._board)
-            wish.text, wish.message = shown(wish.text), shown(wish.message)
+            wish.message = shown(wish.message)
         return found
 
 

@@ -586,6 +586,14 @@ def test_a_view_opens_nothing_starts_nothing_imports_nothing() -> None:
     assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
 
 
+def test_after_a_reload_without_the_plugin_the_page_does_nothing() -> None:
+    visitor = visiting(tiny=Process())
+    del boards[visitor.host]
+    assert "has not spoken yet" in plain(visitor.get().text)
+    assert visitor.post({"do": "disable tiny"}).status == 503
+    assert waiting(visitor.host) == []
+
+
 def test_to_install_twice_changes_nothing() -> None:
     """As after a reload, which keeps modules loaded."""
     installed()
