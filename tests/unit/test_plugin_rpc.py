@@ -29,6 +29,8 @@ from supervisor_synapse.core.model import ProcessState, Snapshot
 from supervisor_synapse.plugin import rpc as plugin
 from tests.unit.builders import row
 
+pytestmark = pytest.mark.usefixtures("supervisor_as_it_was")
+
 LAUNCHED = "/v/bin/synapse-run --drain 30 --term 2 -- /v/bin/llama-server --port 8100"
 
 

@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -50,7 +50,10 @@ from supervisor_synapse.plugin.sessions import Sessions, Wish, cookie
 from tests.unit.builders import GIB, MIB, row
 
 # supervisor's own way with addresses.
-pytestmark = pytest.mark.filterwarnings("ignore:urllib.parse.split:DeprecationWarning")
+pytestmark = [
+    pytest.mark.usefixtures("supervisor_as_it_was"),
+    pytest.mark.filterwarnings("ignore:urllib.parse.split:DeprecationWarning"),
+]
 
 _LAUNCHED = "/v/bin/synapse-run -- /v/bin/llama-server"
 
@@ -191,28 +194,6 @@ class Visitor:
             **({"Cookie": self.cookie} if self.cookie else {}),
             **said,
         }
-
-
-@pytest.fixture(autouse=True)
-def _supervisor_as_it_was() -> Iterator[None]:
-    """Each test begins and ends with supervisor's own handlers and pages."""
-    views = dict(stock.VIEWS)
-    kept = [
-        (owner, name, vars(owner)[name])
-        for owner, name in (
-            (stock.supervisor_ui_handler, "continue_request"),
-            (supervisor_xmlrpc_handler, "continue_request"),
-            (stock.StatusView, "render"),
-        )
-    ]
-    before = [set(vars(owner)) for owner, _, _ in kept]
-    yield
-    for (owner, name, value), names in zip(kept, before, strict=True):
-        setattr(owner, name, value)
-        for added in set(vars(owner)) - names:
-            delattr(owner, added)
-    stock.VIEWS.clear()
-    stock.VIEWS.update(views)
 
 
 def installed(**processes: Process) -> Host:
