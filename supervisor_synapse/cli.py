@@ -69,21 +69,118 @@ def _have_outputs() -> None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - till the end
 
 
+_ABOUT = """\
+Turns the GGUF models on this machine into a fleet of llama.cpp servers, run by supervisord: finds
+them, starts those that fit in memory, heals what fails, and goes back to what worked.
+"""
+
+_EXAMPLES = """\
+examples:
+  synapse up                             find models, start them, show where they answer
+  synapse up --detach                    the same, and leave them running
+  synapse pull ggml-org/gemma-3-4b-it-GGUF:Q4_K_M
+                                         download a model; then: synapse discover
+  synapse discover --dry-run             what an edit of etc/synapse.conf would change
+  synapse doctor                         what is wrong, and how to mend it
+  synapse rollback MODEL                 back to the last good block of a model
+  synapse down                           stop everything, and verify it
+  supervisorctl -c ~/.synapse/etc/supervisord.conf models
+                                         the fleet: phase, port, memory, and why
+
+files, below the prefix:
+  etc/synapse.conf                       your settings; after an edit: synapse discover
+  etc/conf.d/MODEL.conf                  one program each; after an edit: supervisorctl update
+  etc/supervisord.conf                   supervisord's own file
+  var/log/                               logs, and history.jsonl: each change of phase, and why
+
+environment:
+  SYNAPSE_PREFIX                         the deployment, where --prefix does not say
+  HF_HOME, HF_HUB_CACHE                  where the Hugging Face cache lies
+  HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE  which hub is asked, as whom, and whether at all
+
+exit status: 0 success, 1 failure, 2 bad usage or configuration, 130 interrupted
+"""
+
+# What --help of a command says beside its summary.
+_DETAILS = {
+    "init": """\
+Makes the folders of the deployment, etc/supervisord.conf and etc/synapse.conf. What is there
+already stays as it is.
+""",
+    "up": """\
+Lays the deployment down where it is missing, discovers models, starts supervisord, and shows
+progress until every enabled model is ready or has failed. Where there is no model, a small one is
+generated, so that the first try answers. In the foreground Ctrl-C stops everything.
+""",
+    "down": """\
+Lets running requests finish (drain_seconds), stops all models and supervisord, and looks whether
+any process is left; a second Ctrl-C cuts short. Exit status 1 where something is left, and it is
+named.
+""",
+    "discover": """\
+Looks through the Hugging Face cache and model_dirs, plans ports, context and memory, renders one
+block a model, has each checked, and applies what changed. A model that did not change keeps its
+process; changed ones are taken out one at a time and are on trial. Exit status 1 where a change was
+refused or taken back.
+""",
+    "rollback": """\
+Puts a former block of a model in place again, one that was good, and has it taken up. `synapse
+generations MODEL` shows which there are.
+""",
+    "generations": """\
+What was applied, oldest first: when, by which way, why, and whether it proved itself. With MODEL
+only what concerned it.
+""",
+    "plan": """\
+What would be started, in which waves, on which device, with how much memory and from where that
+figure comes; and what would not, and why. Nothing is changed.
+""",
+    "doctor": """\
+Looks at the engine, caches and disks, ports, devices and their readers, permissions, keys, the web
+server, supervisord and what it runs, settings, blocks and state. Says what is wrong, the worst
+first, each with how to mend it. Changes nothing, and works while nothing runs. Exit status 1 where
+there is an error; warnings and notes do not count.
+""",
+    "pull": """\
+Downloads one quantization of a repo: all its parts, and the projector where there is one. Without
+QUANT it is Q4_K_M, else what is near it. Says before how large it is, what else there is, and
+whether disk and memory hold it; only the disk can refuse. A download that was interrupted goes on
+where it stopped. QUANT may also be the name of a file.
+""",
+    "listen": "Observes, decides and acts; supervisord runs it as [eventlistener:synapse].\n",
+}
+
+_Command = Callable[[str, Any, str], argparse.ArgumentParser]
+
+
 def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        prog="synapse", description="Manages the life of local llama.cpp servers in supervisord."
+        prog="synapse", description=_ABOUT, epilog=_EXAMPLES, formatter_class=raw
     )
     parser.add_argument("--version", action="version", version=f"synapse {VERSION}")
     _add_prefix(parser, default=None)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(
+        required=True, title="commands", metavar="COMMAND",
+        description="`synapse COMMAND --help` says more of each.",
+    )  # fmt: skip
 
     def command(name: str, run: Any, summary: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=summary, description=summary)
+        said = f"{summary}\n\n{_DETAILS[name]}"
+        sub = commands.add_parser(name, help=summary, description=said, formatter_class=raw)
         sub.set_defaults(run=run)
         # Where it is not said here, what was said before the command holds.
         _add_prefix(sub, default=argparse.SUPPRESS)
         return sub
 
+    _add_fleet(command)
+    _add_changes(command)
+    _add_care(command)
+    command("listen", _listen, "The event listener; run by supervisord.")
+    return parser
+
+
+def _add_fleet(command: _Command) -> None:
     command("init", _init, "Lay down etc/ and var/; nothing is overwritten.")
     up = command("up", _up, "Find models, start them, and show where they answer.")
     up.add_argument("--detach", action="store_true", help="leave them running in the background")
@@ -91,26 +188,48 @@ def _parser() -> argparse.ArgumentParser:
         "--demo", action="store_true", help="generate and serve a small demonstration model"
     )
     command("down", _down, "Stop everything and verify that nothing is left.")
+
+
+def _add_changes(command: _Command) -> None:
     discover = command("discover", _discover, "Look for models; render, check and apply.")
     discover.add_argument("--dry-run", action="store_true", help="show what would change")
-    discover.add_argument("--json", action="store_true")
+    _add_json(discover)
     discover.add_argument(
         "--force", action="append", default=[], metavar="MODEL",
-        help="overwrite the hand-edited block of MODEL",
+        help="overwrite the hand-edited block of MODEL; may be given several times",
     )  # fmt: skip
     rollback = command("rollback", _rollback, "Put a former good block of a model in place again.")
-    rollback.add_argument("model", metavar="MODEL")
+    rollback.add_argument("model", metavar="MODEL", help="its name, as `synapse plan` shows it")
     rollback.add_argument(
         "--to", type=_generation_number, default=0, metavar="GENERATION",
         help="which one (`synapse generations MODEL`); default: the last good one",
     )  # fmt: skip
     listing = command("generations", _generations, "Show what was applied, when, and how it went.")
-    listing.add_argument("model", metavar="MODEL", nargs="?")
-    listing.add_argument("--json", action="store_true")
-    plan = command("plan", _plan, "Show what would start, where, with how much memory, and why.")
-    plan.add_argument("--json", action="store_true")
-    command("listen", _listen, "The event listener; run by supervisord.")
-    return parser
+    listing.add_argument("model", metavar="MODEL", nargs="?", help="default: all models")
+    _add_json(listing)
+    _add_json(
+        command("plan", _plan, "Show what would start, where, with how much memory, and why.")
+    )
+
+
+def _add_care(command: _Command) -> None:
+    pull = command("pull", _pull, "Download a model from the Hugging Face hub into the cache.")
+    pull.add_argument(
+        "what", metavar="REPO[:QUANT]", help="OWNER/NAME, and which quantization of it"
+    )
+    doctor = command("doctor", _doctor, "Look for what is wrong, and say how to mend it.")
+    _add_json(doctor)
+    doctor.add_argument(
+        "--deep", action="store_true",
+        help="also compare the content of models with their checksums: reads all of each",
+    )  # fmt: skip
+    doctor.add_argument(
+        "--verbose", action="store_true", help="show also what is well, and all versions"
+    )
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="JSON on stdout, for programs")
 
 
 def _add_prefix(parser: argparse.ArgumentParser, default: str | None) -> None:
@@ -255,6 +374,43 @@ def _plan(deployment: Deployment, arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _doctor(deployment: Deployment, arguments: argparse.Namespace) -> int:
+    from supervisor_synapse import doctor, report
+
+    found = doctor.examine(deployment, deep=_show_read if arguments.deep else None)
+    if arguments.json:
+        print(json.dumps(report.examination_json(found), indent=2))
+    else:
+        print(report.examination_text(found, verbose=arguments.verbose))
+    return int(not found.is_well)
+
+
+def _show_read(done: int, total: int) -> None:
+    """One line in a terminal, drawn over and over; wiped at the end."""
+    if sys.stderr.isatty():
+        line = f"comparing checksums: {100 * done // max(total, 1)} %" if done < total else ""
+        print(f"\r{line:<40}\r{line}", end="", file=sys.stderr, flush=True)
+
+
+def _pull(deployment: Deployment, arguments: argparse.Namespace) -> int:
+    from supervisor_synapse import config, pull
+
+    os.environ.setdefault("TQDM_ASCII", " #")  # what bars are drawn with
+    settings = config.load(deployment.settings)
+    choice = pull.choose(arguments.what, settings)
+    for line in pull.told(choice, pull.devices_of(settings), settings):
+        _say(line)
+    pull.require_room(choice)
+    try:
+        pull.bring(choice, _say)
+    except KeyboardInterrupt:
+        _say("interrupted; the same command goes on where it stopped")
+        return 130
+    following = "discover" if deployment.main_config.exists() else "up"
+    print(f"{arguments.what} is in {choice.cache}. To serve it: `synapse {following}`")
+    return 0
+
+
 def _up(deployment: Deployment, arguments: argparse.Namespace) -> int:
     from supervisor_synapse import deploy, lifecycle, progress, rollback
 
@@ -310,7 +466,7 @@ def _find_or_make_models(
         path = discovery.generate_demo(settings)
         _say(
             f"No model was found, so a small one was generated for a first try: {path}\n"
-            "A real one: `hf download REPO FILE.gguf`, then `synapse discover`."
+            "A real one: `synapse pull REPO`, then `synapse discover`."
             if is_empty
             else f"A small demonstration model was generated: {path}"
         )

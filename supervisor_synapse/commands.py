@@ -165,15 +165,30 @@ class Commands:
                 )  # fmt: skip
                 return states, Answer(request.id, True, f"{name}: {request.verb}d")
             case "drain":
-                if _phase(states, name) in _NOT_SERVING:
-                    return states, Answer(request.id, False, f"{name}: does not run")
-                states = _with(states, name, drain=True, resume=False)
-                return states, Answer(request.id, True, f"{name}: stops when it is idle")
+                return self._drain(request, states, programs[name])
             case "rollback":
                 return states, self._roll_back(request)
             case "swap":
                 return self._begin_swap(request, states, programs)
         return states, Answer(request.id, False, f"this listener knows no command {request.verb}")
+
+    def _drain(
+        self, request: Request, states: States, program: Program
+    ) -> tuple[States, Answer | None]:
+        """Of a model that has stopped already and shall stay so, all is as it was asked for."""
+        name = program.name
+        state = states.get(name, ModelState())
+        if state.phase not in _NOT_SERVING:
+            states = _with(states, name, drain=True, resume=False)
+            return states, Answer(request.id, True, f"{name}: stops when it is idle")
+        if self._stays_stopped(program, state):
+            return states, Answer(request.id, True, f"{name}: is stopped already")
+        return states, Answer(request.id, False, f"{name}: does not run")
+
+    def _stays_stopped(self, program: Program, state: ModelState) -> bool:
+        if state.phase is Phase.DISABLED:
+            return not self.wanted(program).enabled
+        return state.phase is Phase.STOPPED and not state.resume
 
     def _roll_back(self, request: Request) -> Answer:
         to = int(request.other) if request.other.isascii() and request.other.isdigit() else 0

@@ -148,6 +148,7 @@ def discover(
     problems = [
         *_lost_registry(deployment), *_missing_cache(settings, models), *looked, *plan.problems,
         *meant.problems, *unmatched_sections(settings, (*catalog.models, *meant.plan.programs)),
+        *_unusable_hooks(settings),
     ]  # fmt: skip
     after = _registered(earlier, meant.plan, meant.blocks, meant.changes, settings)
     kept_devices = tuple(replace(device, free_bytes=0) for device in devices)
@@ -596,10 +597,21 @@ def _missing_cache(settings: Settings, models: Sequence[Model]) -> list[Problem]
     return [
         Problem(
             printable(folder), "this cache does not exist, and no other place holds a model",
-            "download a model with `hf download`, or name the folders that hold models as "
+            "download a model with `synapse pull REPO`, or name the folders that hold models as "
             "cache_dirs or model_dirs in synapse.conf",
         )
     ]  # fmt: skip
+
+
+def _unusable_hooks(settings: Settings) -> list[Problem]:
+    """Else they would show only when they are first needed."""
+    notify = settings.notify
+    if not notify.command and not notify.url_header_file:
+        return []
+    from supervisor_synapse.adapters import hooks  # not small, and seldom needed
+
+    found = hooks.problems(notify.command, notify.url_header_file)
+    return [Problem("[notify]", reason) for reason in found]
 
 
 def _lost_registry(deployment: Deployment) -> list[Problem]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import shlex
 import shutil
@@ -18,12 +19,16 @@ from rich.table import Table
 from rich.text import Text
 
 from supervisor_synapse.adapters import config_files
+from supervisor_synapse.adapters.history import Line
+from supervisor_synapse.core import bars, trials
 from supervisor_synapse.core import plan as plans
-from supervisor_synapse.core import trials
-from supervisor_synapse.core.model import Device, Phase, Program, Role, Row
+from supervisor_synapse.core.bars import Kind, Part
+from supervisor_synapse.core.findings import Examination, Finding, Severity
+from supervisor_synapse.core.model import Device, DeviceRow, Phase, Program, Role, Row
 from supervisor_synapse.core.trials import Generation, Standing, Standings
 
 _WIDTH_WITHOUT_TERMINAL = 160
+_ANY_HEIGHT = 25
 _NARROWEST_ON_ONE_LINE = 100
 _INDENT = "    "
 _NARROWEST_FOLD = 24
@@ -129,6 +134,128 @@ def devices_table(devices: Iterable[Device]) -> str:
     return _table(columns, lines)
 
 
+_NARROWEST_BAR, _WIDEST_BAR = 20, 72
+_MODEL_STYLES = ("green", "cyan", "blue")  # neighbours in a bar differ
+_KIND_STYLES = {
+    Kind.OTHERS: "magenta", Kind.FREE: "dim", Kind.RESERVE: "dim", Kind.UNKNOWN: "red",
+}  # fmt: skip
+_KIND_NAMES = {
+    Kind.OTHERS: "others", Kind.FREE: "free", Kind.RESERVE: "reserve", Kind.UNKNOWN: "not known",
+}  # fmt: skip
+
+
+def memory_bars(devices: Sequence[DeviceRow]) -> str:
+    """Of each device a bar of its memory, and who has it: `supervisorctl devices`."""
+    width = shutil.get_terminal_size().columns if _is_terminal() else _WIDTH_WITHOUT_TERMINAL
+    name_width = max((len(_shown(device.name)) for device in devices), default=0)
+    return "\n".join(
+        line for device in devices for line in _memory_lines(device, name_width, width)
+    )
+
+
+def _memory_lines(device: DeviceRow, name_width: int, width: int) -> list[str]:
+    parts = bars.parts(device)
+    styles = _part_styles(parts)
+    name, numbers = _shown(device.name).ljust(name_width), _numbers(device)
+    beside = len(f"{name}  []  {numbers}")
+    lines = [Text(name)]
+    if width - beside < _NARROWEST_BAR:
+        lines = [Text(f"{name}  {numbers}"), Text(_INDENT[2:])]
+        beside = len(f"{_INDENT}[]")
+        numbers = ""
+    room = max(min(width - beside, _WIDEST_BAR), _NARROWEST_BAR // 2)
+    lines[-1].append("  [").append_text(_bar(parts, styles, room)).append("]")
+    lines[-1].append(f"  {numbers}" if numbers else "")
+    lines += [Text(line) for line in _folded(_shown(device.description), width)]
+    if device.problem:
+        problem = _folded(_shown(f"does not answer: {device.problem}"), width)
+        lines += [Text(line, style="red") for line in problem]
+    lines += _legend(parts, styles)
+    return [_rendered(line) for line in lines]
+
+
+def _numbers(device: DeviceRow) -> str:
+    left = "left: not known" if device.room_bytes is None else f"{mib(device.room_bytes)} left"
+    return f"{mib(device.total_bytes)}, {left}"
+
+
+def _part_styles(parts: Sequence[Part]) -> list[str]:
+    models = list(dict.fromkeys(part.model for part in parts if part.model))
+    return [
+        _MODEL_STYLES[models.index(part.model) % len(_MODEL_STYLES)]
+        if part.model
+        else _KIND_STYLES[part.kind]
+        for part in parts
+    ]
+
+
+def _bar(parts: Sequence[Part], styles: Sequence[str], width: int) -> Text:
+    bar = Text()
+    shared = bars.cells([part.size_bytes for part in parts], width)
+    for part, style, count in zip(parts, styles, shared, strict=True):
+        bar.append(part.kind.value * count, style=style)
+    return bar
+
+
+def _legend(parts: Sequence[Part], styles: Sequence[str]) -> list[Text]:
+    """A line for each part of the bar; what a model has and what it may still take are one."""
+    by_name: dict[str, list[Part]] = {}
+    style_of: dict[str, str] = {}
+    for part, style in zip(parts, styles, strict=True):
+        # No model is named so: their names hold no blank before them.
+        name = part.model or f" {_KIND_NAMES[part.kind]}"
+        by_name.setdefault(name, []).append(part)
+        style_of[name] = style
+    widest = max((len(_shown(name).strip()) for name in by_name), default=0)
+    lines = []
+    for name, found in by_name.items():
+        signs = "".join(part.kind.value for part in found).ljust(2)
+        sizes = ", ".join(_size(part) for part in found)
+        line = Text(_INDENT).append(signs, style=style_of[name])
+        lines.append(line.append(f"  {_shown(name).strip().ljust(widest)}  {sizes}"))
+    return lines
+
+
+def _size(part: Part) -> str:
+    return mib(part.size_bytes) + (" to come" if part.kind is Kind.TO_COME else "")
+
+
+def history_table(lines: Sequence[Line]) -> str:
+    """The transitions, oldest first: `supervisorctl history`."""
+    columns = (
+        _Column("WHEN"), _Column("MODEL"), _Column("CHANGE"), _Column("CLASS", below="{}"),
+        _Column("WHY", folds=True, below="{}"),
+    )  # fmt: skip
+    cells: list[_Line] = [
+        [
+            _local_time(line.at), line.model, _change(line), line.failure_class or "",
+            _why_changed(line),
+        ]
+        for line in lines
+    ]  # fmt: skip
+    return _table(columns, cells)
+
+
+def _local_time(at: float) -> str:
+    try:
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
+    except (ValueError, OverflowError, OSError):
+        return "-"
+
+
+def _change(line: Line) -> Text:
+    """`loading -> ready`."""
+    style = next((style for phase, style in _STYLES.items() if phase.value == line.after), "")
+    return Text(f"{_shown(line.before or '-')} -> ").append(_shown(line.after), style=style)
+
+
+def _why_changed(line: Line) -> str:
+    """The class has a column of its own, and evidence is not said twice."""
+    reason = line.reason.removeprefix(f"{line.failure_class}: ")
+    evidence = "" if line.evidence in reason else line.evidence
+    return ": ".join(part for part in (reason, evidence) if part)
+
+
 def generations_table(
     generations: Sequence[Generation], standings: Standings, name: str | None = None
 ) -> str:
@@ -139,7 +266,7 @@ def generations_table(
     )  # fmt: skip
     lines: list[_Line] = [
         [
-            str(one.number), time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(one.at)),
+            str(one.number), _local_time(one.at),
             one.surface, _verdict(one, standings, name), _what(one, name),
         ]
         for one in generations
@@ -357,21 +484,43 @@ def _beyond(old: Sequence[str], new: Sequence[str]) -> tuple[list[str], list[str
 
 
 def _coloured(line: str, style: str) -> str:
-    if not sys.stdout.isatty():
-        return line
+    return _rendered(Text(line, style=style))
+
+
+def _rendered(line: Text) -> str:
+    """In colour on a terminal only."""
+    if not _is_terminal():
+        return line.plain
     text = io.StringIO()
-    console = Console(file=text, force_terminal=True, color_system="auto", highlight=False)
-    console.print(Text(line, style=style), soft_wrap=True, end="")
+    _console(text, _WIDTH_WITHOUT_TERMINAL).print(line, soft_wrap=True, end="")
     return text.getvalue()
 
 
+def _is_terminal() -> bool:
+    return sys.stdout.isatty()
+
+
+def _console(file: io.StringIO, width: int) -> Console:
+    """Without any escape in a pipe, in a dumb terminal, and for who wants no colour.
+
+    The height is named because rich asks a dumb terminal for neither, and takes 80 columns.
+    """
+    is_plain = not _is_terminal() or bool(os.environ.get("NO_COLOR"))
+    return Console(
+        file=file, width=width, height=_ANY_HEIGHT, force_terminal=_is_terminal(),
+        color_system=None if is_plain else "auto", highlight=False, no_color=is_plain,
+    )  # fmt: skip
+
+
 def _table(columns: Sequence[_Column], lines: Sequence[Sequence[str | Text]]) -> str:
+    """In a terminal it fits where it can; elsewhere each row is one line, for whoever filters."""
     cells = [
         [cell if isinstance(cell, Text) else Text(_shown(cell)) for cell in line] for line in lines
     ]
-    is_terminal = sys.stdout.isatty()
-    width = shutil.get_terminal_size().columns if is_terminal else _WIDTH_WITHOUT_TERMINAL
-    if is_terminal and width < max(_NARROWEST_ON_ONE_LINE, _narrowest(columns, cells)):
+    if not _is_terminal():
+        return _drawn(columns, cells, _narrowest(columns, cells, fold=False))
+    width = shutil.get_terminal_size().columns
+    if width < max(_NARROWEST_ON_ONE_LINE, _narrowest(columns, cells)):
         return _on_two_lines(columns, cells, width)
     return _drawn(columns, cells, width)
 
@@ -414,17 +563,15 @@ def _drawn(columns: Sequence[_Column], lines: Sequence[Sequence[Text]], width: i
         )  # fmt: skip
     for line in lines:
         table.add_row(*line)
-    is_terminal = sys.stdout.isatty()
     text = io.StringIO()
-    console = Console(
-        file=text, width=max(width, _narrowest(columns, lines)), force_terminal=is_terminal,
-        color_system="auto", highlight=False, no_color=None if is_terminal else True,
-    )  # fmt: skip
+    console = _console(text, max(width, _narrowest(columns, lines)))
     console.print(table)
     return "\n".join(line.rstrip() for line in text.getvalue().rstrip("\n").split("\n"))
 
 
-def _narrowest(columns: Sequence[_Column], lines: Sequence[Sequence[Text]]) -> int:
+def _narrowest(
+    columns: Sequence[_Column], lines: Sequence[Sequence[Text]], *, fold: bool = True
+) -> int:
     """The width in which nothing is cut; a narrower terminal wraps the lines.
 
     Half a port number would be worse than a line that goes on in the next.
@@ -432,10 +579,93 @@ def _narrowest(columns: Sequence[_Column], lines: Sequence[Sequence[Text]]) -> i
     width = 2 * (len(columns) - 1)
     for index, column in enumerate(columns):
         widest = max((line[index].cell_len for line in lines), default=0)
-        width += max(len(column.title), min(widest, _NARROWEST_FOLD) if column.folds else widest)
+        folds = fold and column.folds
+        width += max(len(column.title), min(widest, _NARROWEST_FOLD) if folds else widest)
     return width
 
 
 def _shown(text: str) -> str:
     """Text from outside as one line that cannot steer a terminal."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+# --- what an examination found -------------------------------------------------------------------
+
+_SEVERITY_STYLES = {
+    Severity.ERROR: "bold red", Severity.WARNING: "yellow", Severity.NOTE: "cyan",
+    Severity.OK: "green",
+}  # fmt: skip
+_WORD_COLUMNS = 9  # "WARNING  "
+
+
+def examination_text(examination: Examination, *, verbose: bool = False) -> str:
+    """What is wrong, the worst first, each with how to mend it; what is well as a count."""
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else _WIDTH_WITHOUT_TERMINAL
+    least = Severity.OK if verbose else Severity.NOTE
+    lines = [
+        line
+        for finding in examination.findings
+        if finding.severity >= least
+        for line in _finding_lines(finding, width)
+    ]
+    if verbose:
+        versions = (f"{name} {version or '-'}" for name, version in examination.versions)
+        lines += ["", *Text(", ".join(versions)).wrap(Console(width=width), width)]
+    return "\n".join([*map(str, lines), *([""] if lines else []), _counted(examination)])
+
+
+def _finding_lines(finding: Finding, width: int) -> Iterator[str]:
+    """The word stands by itself on the left, so that it can be looked for."""
+    indent = " " * _WORD_COLUMNS
+    room = max(width - _WORD_COLUMNS, _NARROWEST_FOLD)
+    word = _coloured(finding.severity.name, _SEVERITY_STYLES[finding.severity])
+    first, *rest = _wrapped(f"{finding.subject}: {finding.message}", room)
+    yield f"{word}{' ' * (_WORD_COLUMNS - len(finding.severity.name))}{first}"
+    mend = _wrapped(f"mend: {finding.mend}", room) if finding.mend else []
+    copied = [f"    {line}" for line in finding.lines]  # whole, to be copied
+    yield from (f"{indent}{line}" for line in (*rest, *mend, *copied))
+
+
+def _wrapped(text: str, room: int) -> list[str]:
+    wrapped = Text(text).wrap(Console(width=room), room, overflow="fold")
+    return [line.plain.rstrip() for line in wrapped if line.plain.strip()]
+
+
+def _counted(examination: Examination) -> str:
+    """`1 error, 2 notes; 19 of 22 checks found nothing.`"""
+    counts = Counter(finding.severity for finding in examination.findings)
+    said = [
+        f"{counts[severity]} {severity.name.lower()}{'' if counts[severity] == 1 else 's'}"
+        for severity in (Severity.ERROR, Severity.WARNING, Severity.NOTE)
+        if counts[severity]
+    ]
+    well = sum(check.severity is Severity.OK for check in examination.checks)
+    every = len(examination.checks)
+    if not said:
+        return f"Nothing is wrong: {every} checks."
+    return f"{', '.join(said)}; {well} of {every} checks found nothing."
+
+
+def examination_json(examination: Examination) -> dict[str, object]:
+    """The object of `doctor --json`: findings, the worst first, without what is well."""
+    return {
+        "ok": examination.is_well,
+        "findings": [
+            _finding_json(check, finding)
+            for check, finding in examination.attributed
+            if finding.severity > Severity.OK
+        ],
+        "checks": [
+            {"name": check.check, "severity": check.severity.name.lower()}
+            for check in examination.checks
+        ],
+        "versions": dict(examination.versions),
+    }
+
+
+def _finding_json(check: str, finding: Finding) -> dict[str, object]:
+    return {
+        "id": finding.id, "severity": finding.severity.name.lower(), "check": check,
+        "subject": finding.subject, "message": finding.message, "mend": finding.mend,
+        "lines": list(finding.lines),
+    }  # fmt: skip

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from supervisor_synapse.adapters.header_cache import HeaderCache, identity_of
-from supervisor_synapse.core.catalog import FoundFile, printable, remedy_for, subject_of
+from supervisor_synapse.core.catalog import PLAIN_REPO, FoundFile, printable, remedy_for, subject_of
 from supervisor_synapse.core.model import FileIdentity, Header, Problem
 from supervisor_synapse.errors import CatalogError
 
@@ -251,7 +251,7 @@ def _look_through_repo(repo: _Repo, root: str, look: _Look) -> None:
         look.report(
             repo.name,
             f"a download is unfinished ({size_bytes} bytes in {printable(os.path.basename(path))})",
-            f"{remedy_for(repo.name)}: goes on where it stopped",
+            _resumed(repo.name, os.path.basename(path)),
         )
 
 
@@ -324,6 +324,13 @@ def _unfinished(repo: _Repo) -> Iterator[tuple[int, str]]:
             continue
         if begins == b"GGUF" or repo.is_empty or _concerns_us(repo):
             yield size_bytes, path
+
+
+def _resumed(repo: str, name: str) -> str:
+    """What goes on with a partial blob; one with a number of its own nobody goes on with."""
+    if not PLAIN_REPO.fullmatch(repo) or name.count(".") > 1:
+        return f"{remedy_for(repo)}, and remove this file where no download is under way"
+    return f"`synapse pull {repo}:QUANT` goes on where it stopped"
 
 
 def _concerns_us(repo: _Repo) -> bool:

@@ -7,6 +7,7 @@ import ctypes
 import os
 import signal
 import sys
+from dataclasses import dataclass
 
 import psutil
 
@@ -157,3 +158,47 @@ def die_with_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL), zero, zero, zero)
     if os.getppid() != parent:
         os._exit(0)
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """One process as everybody may see it; an empty command is one that is hidden from us."""
+
+    pid: int
+    parent: int
+    user: int
+    command: tuple[str, ...]
+    started_at: float  # wall clock
+
+    @property
+    def program(self) -> str:
+        """The name of the file that it runs."""
+        return os.path.basename(self.command[0]) if self.command else ""
+
+
+def every() -> tuple[Running, ...]:
+    """All processes there are; one that ends meanwhile is left out."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError), process.oneshot():
+            if process.status() == psutil.STATUS_ZOMBIE:
+                continue
+            user, parent = process.uids().real, process.ppid()
+            command = _visible_command(process)
+            found.append(Running(process.pid, parent, user, command, process.create_time()))
+    return tuple(found)
+
+
+def _visible_command(process: psutil.Process) -> tuple[str, ...]:
+    try:
+        return tuple(process.cmdline())
+    except (psutil.Error, OSError):
+        return ()
+
+
+def variable(pid: int, name: str) -> str:
+    """A variable that a process was started with; "" where there is none, or it is hidden."""
+    try:
+        return str(psutil.Process(pid).environ().get(name, ""))
+    except (psutil.Error, OSError, ValueError):
+        return ""

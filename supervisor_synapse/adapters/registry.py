@@ -107,6 +107,17 @@ def load(path: Path) -> Registry:
     return registry
 
 
+def peek(path: Path) -> Registry | None:
+    """The registry as it stands, which is left where it is; None where it cannot be used."""
+    try:
+        registry = _REGISTRY.validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return Registry()
+    except (OSError, ValueError, RecursionError):
+        return None
+    return registry if registry.version == _VERSION else None
+
+
 def told(registry: Registry, name: str) -> Registry:
     """The registry when supervisord has taken up what became of a program."""
     rest = {one: digest for one, digest in registry.untold.items() if one != name}

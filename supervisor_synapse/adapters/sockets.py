@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from dataclasses import dataclass
 
 import psutil
 
@@ -72,3 +73,33 @@ def _describe(pid: int | None) -> str:
         return f"{psutil.Process(pid).name()!a} (pid {pid})"
     except psutil.Error:
         return f"pid {pid}"
+
+
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """Who listens on a port. `pid` is None where that is another user's process."""
+
+    port: int
+    address: str
+    pid: int | None
+
+    def reaches(self, host: str) -> bool:
+        """Whether what is meant for an address of this machine may end here."""
+        return self.address == host or self.address in _ANY or host in _ANY
+
+
+def listeners() -> tuple[Listener, ...] | None:
+    """Everybody who listens on a TCP port; None where that is not for us to see (macOS)."""
+    try:
+        return tuple(
+            Listener(one.laddr.port, one.laddr.ip, one.pid)
+            for one in psutil.net_connections(kind="tcp")
+            if one.status == psutil.CONN_LISTEN and one.laddr
+        )
+    except (psutil.Error, OSError):
+        return None
+
+
+def describe(pid: int | None) -> str:
+    """Name and number of a process, for a person."""
+    return _describe(pid)

@@ -30,9 +30,9 @@ _LONGEST_SHOWN = 200
 _MOST_LISTED = 5
 
 # llama.cpp finds the other shards by this very pattern ("%s-%05d-of-%05d.gguf"), in lower case.
-_SHARD = re.compile(r"(?P<stem>.*)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.gguf", re.DOTALL)
-_PLAIN_REPO = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}(/[A-Za-z0-9_.-]{1,96})?")
-_PLAIN_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+/-]{0,199}")
+SHARD = re.compile(r"(?P<stem>.*)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.gguf", re.DOTALL)
+PLAIN_REPO = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}(/[A-Za-z0-9_.-]{1,96})?")
+PLAIN_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+/-]{0,199}")
 _WORD = re.compile(r"[^a-z0-9]+")
 
 _POOLING_RANK = 4
@@ -55,7 +55,7 @@ _LARGEST_DRAFT_PARAMETERS = 2_000_000_000
 _MOST_PREDICTION_LAYERS = 4
 
 # Which of several projectors is taken: they are small, and F16 is what every backend computes in.
-_PROJECTOR_PRECISIONS = ("F16", "BF16", "Q8_0", "F32")
+PROJECTOR_PRECISIONS = ("F16", "BF16", "Q8_0", "F32")
 # Words of a projector's name that do not say which model it belongs to.
 _PROJECTOR_WORDS = frozenset({"mmproj", "model", "f16", "bf16", "f32", "fp16", "q8", "0", "gguf"})
 
@@ -134,12 +134,12 @@ def remedy_for(
     `afresh`: what is there of it is wrong, and would be taken for good. `others`: a pattern for
     all shards of a split. Names are shown only where a shell takes each as one word.
     """
-    if repo is None or not _PLAIN_REPO.fullmatch(repo):
+    if repo is None or not PLAIN_REPO.fullmatch(repo):
         return "download it again"
     options = " --force-download" if afresh else ""
-    if _PLAIN_FILE.fullmatch(others.replace("*", "")):
+    if PLAIN_FILE.fullmatch(others.replace("*", "")):
         return f"`hf download{options} {repo} --include '{others}'`"
-    is_plain = file is not None and _PLAIN_FILE.fullmatch(file)
+    is_plain = file is not None and PLAIN_FILE.fullmatch(file)
     return f"`hf download{options} {repo} {file if is_plain else 'FILE'}`"
 
 
@@ -219,7 +219,7 @@ def _home(file: FoundFile) -> str:
 
 
 def _shard(file: FoundFile) -> _Shard | None:
-    named = _SHARD.fullmatch(_base(file.path))
+    named = SHARD.fullmatch(_base(file.path))
     if named is None:
         return None
     split = _Split(_folder(file.path), named["stem"], int(named["count"]))
@@ -445,8 +445,8 @@ class _Projector:
     def order(self) -> tuple[int, tuple[bool, str, str, str]]:
         """Preferred first."""
         precision = self.header.quantization
-        known = precision in _PROJECTOR_PRECISIONS
-        rank = _PROJECTOR_PRECISIONS.index(precision) if known else len(_PROJECTOR_PRECISIONS)
+        known = precision in PROJECTOR_PRECISIONS
+        rank = PROJECTOR_PRECISIONS.index(precision) if known else len(PROJECTOR_PRECISIONS)
         return (rank, _file_order(self.file))
 
 

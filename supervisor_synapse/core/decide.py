@@ -119,7 +119,10 @@ def _of_run(state: ModelState, seen: Seen, now: Now) -> ModelState:
             return replace(state, incarnation=None, failed_run=0)
         if is_new or is_moved or is_replaced:
             return state
-        anew = ModelState(resume=state.resume, asked_at=state.asked_at)
+        # Out by our own doing it stays, whoever has replaced it meanwhile.
+        anew = ModelState(
+            resume=state.resume, asked_at=state.asked_at, out_since=state.out_since
+        )  # fmt: skip
         if not _is_ours_to_replace(state.renewed_at, now):
             if not is_at_rest_by_hand(state, now):
                 return anew

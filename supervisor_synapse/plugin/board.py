@@ -31,6 +31,7 @@ class Board:
         self.mailbox = Mailbox()
         self.watchdog = Watchdog(supervisord)
         self._history: dict[str, deque[Json]] = {}
+        self._newest: deque[Json] = deque(maxlen=_MOST_LINES)  # of all models: what is asked most
 
     # from the listener
 
@@ -50,11 +51,13 @@ class Board:
         """Lines of the history, oldest first; `anew`: in place of all that was recorded."""
         if anew:
             self._history.clear()
+            self._newest.clear()
         for line in lines:
             name = str(line["model"])
             evidence = str(line.get("evidence") or "")[:_LONGEST_EVIDENCE]
             kept = self._history.pop(name, None) or deque(maxlen=_MOST_LINES)
             kept.append({**line, "evidence": evidence})
+            self._newest.append(kept[-1])
             self._history[name] = kept  # those of whom was heard last stand last
         while len(self._history) > _MOST_MODELS:
             del self._history[next(iter(self._history))]
@@ -80,9 +83,12 @@ class Board:
         """The newest lines, of one model or of all, oldest first."""
         if most <= 0:
             return []
-        return sorted(self._lines(name), key=_when)[-most:]
+        return sorted(self._lines(name, most), key=_when)[-most:]
 
-    def _lines(self, name: str) -> Iterator[Json]:
+    def _lines(self, name: str, most: int) -> Iterator[Json]:
+        if not name and most <= _MOST_LINES:
+            yield from self._newest
+            return
         for model, lines in self._history.items():
             if name in ("", model):
                 yield from lines

@@ -1,57 +1,284 @@
-"""`[ctlplugin:synapse]`, inside supervisorctl: the commands that are about models."""
+"""`[ctlplugin:synapse]`, inside supervisorctl: the commands that are about models.
+
+Each command says what became of it in lines for a person, or with --json in JSON on stdout and
+all else on stderr; and sets the exit status: 0 success, 1 failure, 2 bad usage.
+"""
 
 from __future__ import annotations
 
 import functools
-import json
 import sys
-import time
 import xmlrpc.client
-from collections.abc import Callable, Iterator
-from http import HTTPStatus
-from http.client import HTTPException
-from typing import Any, TypeVar
-from xml.parsers.expat import ExpatError
+from collections.abc import Callable
+from typing import Any
 
-from supervisor.states import STOPPED_STATES, ProcessStates
 from supervisor.supervisorctl import ControllerPluginBase, LSBInitExitStatuses
 from supervisor.xmlrpc import Faults
 
-from supervisor_synapse.adapters import snapshots
 from supervisor_synapse.core.failures import printable
-from supervisor_synapse.errors import TransientError
+from supervisor_synapse.plugin import ctl_commands, ctl_discover, ctl_show
+from supervisor_synapse.plugin.ctl_commands import Outcome
+from supervisor_synapse.plugin.ctl_complete import Completion, Words
+from supervisor_synapse.plugin.ctl_link import Failed, Link
+from supervisor_synapse.plugin.ctl_show import Shown
 
-_STALE_SECONDS = 10.0  # the listener gives a sign of life every 2 s
-_ANSWER_SECONDS = 15.0  # a listener that was just restarted takes a few
-_SWAP_SECONDS = 3600.0  # a large model loads from a slow disk, after a long drain
-_ROLLBACK_SECONDS = 120.0
-_DISCOVER_SECONDS = 3600.0  # the headers of a large cache on a slow disk
-_POLL_SECONDS = 0.05
-_LOG_POLL_SECONDS = 0.2
-_LOG_CHUNK_BYTES = 65536
-_LONGEST_CHARACTER_BYTES = 4
+_JSON = "--json"
+_ALL = "all"  # no model has this name
+_LINES = 20
+_MOST_LINES = 1000  # that supervisord hands out
 _LARGEST_INT = 2**31 - 1  # of XML-RPC
-_DISCOVER = "discover"
-_NO_DISCOVER = (
-    "supervisord has no such program: run `synapse discover` in a shell, or give supervisord.conf "
-    "the section [program:discover] that `synapse init` lays down"
-)
-_LOST = "supervisord was restarted meanwhile: look at `models`"
-_LOOK = "Look at `status synapse` and var/log/synapse.log."
+_GOES_ON = "no longer waited for; it goes on: look at `models`"
+_DISCOVERY_GOES_ON = (
+    f"no longer followed: `status {ctl_discover.PROGRAM}` tells how it goes on"
+)  # fmt: skip
 
-_Say = Callable[[str], None]
-_T = TypeVar("_T")
+_COMPLETED = {
+    "models": Words(None, (_JSON,)),
+    "devices": Words(0, (_JSON,)),
+    "history": Words(1, ("-n", _JSON)),
+    "enable": Words(None, (_ALL,)),
+    "disable": Words(None, (_ALL,)),
+    "drain": Words(None, (_ALL,)),
+    "swap": Words(2),
+    "rollback": Words(1),
+    "discover": Words(0),
+}
+
+
+class Usage(Exception):
+    """A command was given otherwise than it can be."""
+
+
+_Do = Callable[["SynapseControllerPlugin", list[str]], None]
+
+
+def _command(when_interrupted: str = "") -> Callable[[_Do], Callable[..., None]]:
+    """A command on its words. Whatever it raises is said; Ctrl-C ends it, and only it."""
+
+    def wrap(do: _Do) -> Callable[..., None]:
+        @functools.wraps(do)
+        def run(plugin: SynapseControllerPlugin, arg: str) -> None:
+            words = arg.split()
+            try:
+                do(plugin, words)
+            except Usage as error:
+                plugin.refuse(do.__name__.removeprefix("do_"), str(error))
+            except Failed as failed:
+                plugin.fail(str(failed), aside=_JSON in words)
+            except KeyboardInterrupt:
+                plugin.end_line()
+                plugin.fail(when_interrupted, aside=_JSON in words)
+
+        return run
+
+    return wrap
 
 
 class SynapseControllerPlugin(ControllerPluginBase):  # type: ignore[misc]  # untyped base
-    """Adds `models`, `discover` and what models can be told to supervisorctl."""
+    """Adds `models`, `devices`, `history`, `discover` and what models can be told."""
 
     name = "synapse"
 
     def __init__(self, controller: Any, **config: Any) -> None:
         self.ctl = controller
+        self._link = Link(controller)
         self._hush(controller.options.plugins)
         self._explain_reload(controller.options.plugins)
+        Completion(_COMPLETED, self._names).install(controller)
+
+    # what is shown
+
+    @_command()
+    def do_models(self, words: list[str]) -> None:
+        names, as_json = _names_and_json("models", words)
+        names = [] if _ALL in names else names
+        text = self._link.ask("models")
+        self._show(ctl_show.models(text, names, as_json=as_json), as_json=as_json)
+
+    def help_models(self) -> None:
+        self._help(
+            "models\t\t\tShow all models, and why they are as they are",
+            "models <name> <name>\tShow these models",
+            "models --json\t\tShow them in JSON",
+        )
+
+    @_command()
+    def do_devices(self, words: list[str]) -> None:
+        names, as_json = _names_and_json("devices", words)
+        if names:
+            raise Usage("devices accepts no names")
+        self._show(ctl_show.devices(self._link.ask("models"), as_json=as_json), as_json=as_json)
+
+    def help_devices(self) -> None:
+        self._help(
+            "devices\t\t\tShow the memory of each device, and who has it",
+            "devices --json\t\tShow it in JSON, in bytes",
+        )
+
+    @_command()
+    def do_history(self, words: list[str]) -> None:
+        rest, most = _without_number(words)
+        names, as_json = _names_and_json("history", rest)
+        if len(names) > 1:
+            raise Usage("history accepts one name")
+        name = names[0] if names and names[0] != _ALL else ""
+        text = self._link.ask("history", name, most, about=name)
+        self._show(ctl_show.history(text, as_json=as_json), as_json=as_json)
+
+    def help_history(self) -> None:
+        self._help(
+            "history\t\t\tShow the last 20 transitions of all models, and why",
+            "history <name>\t\tShow those of one model",
+            "history -n <number>\tShow so many",
+            "history --json\t\tShow them in JSON",
+        )
+
+    # what models are told
+
+    @_command(_GOES_ON)
+    def do_enable(self, words: list[str]) -> None:
+        self._tell("enable", words)
+
+    def help_enable(self) -> None:
+        self._help(
+            "enable <name>\t\tStart a model, now and after every restart",
+            "enable <name> <name>\tStart multiple models",
+            "enable all\t\tStart all models; those that do not fit wait for memory",
+        )
+
+    @_command(_GOES_ON)
+    def do_disable(self, words: list[str]) -> None:
+        self._tell("disable", words)
+
+    def help_disable(self) -> None:
+        self._help(
+            "disable <name>\t\tStop a model, and keep it stopped after every restart",
+            "disable <name> <name>\tStop multiple models",
+            "disable all\t\tStop all models",
+        )
+
+    @_command(_GOES_ON)
+    def do_drain(self, words: list[str]) -> None:
+        self._tell("drain", words)
+
+    def help_drain(self) -> None:
+        self._help(
+            "drain <name>\t\tStop a model when it has nothing to do",
+            "drain <name> <name>\tStop multiple models",
+            "drain all\t\tStop all models, each when it has nothing to do",
+        )
+
+    @_command(_GOES_ON)
+    def do_swap(self, words: list[str]) -> None:
+        names, _ = _names_and_json("swap", words, takes_json=False)
+        if len(names) != 2:
+            raise Usage("swap requires the names of two models")
+        old, new = names
+        self._tell_outcome(ctl_commands.swap(self._link, old, new, self._say_now))
+
+    def help_swap(self) -> None:
+        self._help("swap <old> <new>\tHave <new> take the place of <old>, which is drained")
+
+    @_command(_GOES_ON)
+    def do_rollback(self, words: list[str]) -> None:
+        name, *more = words or [""]
+        generation = _generation(more)
+        if not name or name.startswith("-") or generation is None:
+            raise Usage(
+                "rollback requires a model, and at most the number of one of its generations"
+            )
+        self._tell_outcome(ctl_commands.roll_back(self._link, name, generation))
+
+    def help_rollback(self) -> None:
+        self._help(
+            "rollback <name>\t\tGo back to the last block that <name> was well with",
+            "rollback <name> <generation>\tGo back to its block of that generation",
+        )
+
+    @_command(_DISCOVERY_GOES_ON)
+    def do_discover(self, words: list[str]) -> None:
+        if words:
+            raise Usage("discover accepts no arguments")
+        ctl_discover.discover(self._link, self._say_now)
+
+    def help_discover(self) -> None:
+        self._help("discover\t\tLook for models again, and show what is found")
+
+    # how it is said
+
+    def _tell(self, verb: str, words: list[str]) -> None:
+        """Give a command to each model; say what became of it."""
+        names, _ = _names_and_json(verb, words, takes_json=False)
+        if not names:
+            raise Usage(f"{verb} requires the name of a model")
+        if _ALL in names:
+            names = self._names()
+            if not names:
+                raise Failed("There are no models. `discover` looks for some.")
+        for outcome in ctl_commands.each(self._link, verb, list(dict.fromkeys(names))):
+            self._tell_outcome(outcome)
+
+    def _names(self) -> list[str]:
+        return ctl_show.names(self._link.ask("models"))
+
+    def _tell_outcome(self, outcome: Outcome) -> None:
+        if outcome.ok:
+            self._say_now(outcome.message)
+        else:
+            self.fail(outcome.message)
+
+    def _show(self, shown: Shown, *, as_json: bool) -> None:
+        if shown.out:
+            self.ctl.output(shown.out)
+        for failure in shown.failures:
+            self.fail(failure, aside=as_json)
+        if shown.remark:
+            self._say(shown.remark, aside=as_json)
+
+    def _say_now(self, line: str) -> None:
+        """A line as soon as it is there."""
+        self.ctl.output("".join(c if c.isprintable() else " " for c in line))
+        self.ctl.stdout.flush()
+
+    def _say(self, line: str, *, aside: bool) -> None:
+        """`aside`: JSON stands on stdout, which must stay JSON."""
+        if aside:
+            print(line, file=sys.stderr)
+        else:
+            self.ctl.output(line)
+
+    def end_line(self) -> None:
+        """A terminal has shown ^C, and stands behind it."""
+        if self.ctl.stdout.isatty():
+            self.ctl.output("")
+
+    def fail(self, message: str, *, aside: bool = False) -> None:
+        """The command failed; the empty message is not said."""
+        if message:
+            self._say(printable(message), aside=aside)
+        self.ctl.exitstatus = LSBInitExitStatuses.GENERIC
+
+    def refuse(self, command: str, message: str) -> None:
+        """The command was not understood."""
+        self.ctl.output(f"Error: {message}")
+        getattr(self, f"help_{command}")()
+        self.ctl.exitstatus = LSBInitExitStatuses.INVALID_ARGS
+
+    # help
+
+    def _help(self, *lines: str) -> None:
+        for line in lines:
+            self.ctl.output(line)
+
+    def do_help(self, arg: str) -> None:
+        # Of our own commands alone: another plugin has said what it knows of the others. (A
+        # docstring would have supervisorctl list `help` as one of ours.)
+        if not arg or arg in self._commands():
+            super().do_help(arg)
+
+    def _commands(self) -> list[str]:
+        names = [name.removeprefix("help_") for name in vars(type(self))]
+        return [name for name in names if hasattr(self, f"do_{name}") and name != "help"]
 
     def _hush(self, others: list[Any]) -> None:
         """supervisorctl asks each plugin for help in turn; those before us know no word of ours."""
@@ -75,316 +302,53 @@ class SynapseControllerPlugin(ControllerPluginBase):  # type: ignore[misc]  # un
             text = "".join(c if c.isprintable() else " " for c in str(fault.faultString))
             self.ctl.output(text.replace("; ", "\n"))
 
-    def _commands(self) -> list[str]:
-        names = [name.removeprefix("help_") for name in vars(type(self))]
-        return [name for name in names if hasattr(self, f"do_{name}") and name != "help"]
 
-    def do_help(self, arg: str) -> None:
-        # Of our own commands alone: another plugin has said what it knows of the others. (A
-        # docstring would have supervisorctl list `help` as one of ours.)
-        if not arg or arg in self._commands():
-            super().do_help(arg)
+def _names_and_json(
+    command: str, words: list[str], *, takes_json: bool = True
+) -> tuple[list[str], bool]:
+    """The names, and whether JSON is asked for.
 
-    def do_models(self, arg: str) -> None:
-        names = arg.split()
-        as_json = "--json" in names
-        wanted = [name for name in names if name != "--json"]
-        unknown_flags = [name for name in wanted if name.startswith("-")]
-        if unknown_flags:
-            self.ctl.output(f"Error: models does not know {printable(unknown_flags[0])}")
-            self.help_models()
-            self.ctl.exitstatus = LSBInitExitStatuses.INVALID_ARGS
-            return
-        say = _on_stderr if as_json else self.ctl.output
-        text = self._ask("models", say)
-        if text is not None:
-            self._show(text, wanted, say, as_json=as_json)
+    Raises:
+        Usage: another flag.
+    """
+    flags = [word for word in words if word.startswith("-")]
+    unknown = [flag for flag in flags if flag != _JSON or not takes_json]
+    if unknown:
+        raise Usage(f"{command} does not know {printable(unknown[0])}")
+    return [word for word in words if word not in flags], bool(flags)
 
-    def help_models(self) -> None:
-        self.ctl.output("models [NAME ...]\t\tShow the models and why they are as they are.")
-        self.ctl.output("models --json [NAME ...]\tThe same for programs.")
 
-    def do_enable(self, arg: str) -> None:
-        self._command("enable", arg)
+def _without_number(words: list[str]) -> tuple[list[str], int]:
+    """The words without `-n <number>`, and the number.
 
-    def help_enable(self) -> None:
-        self.ctl.output("enable NAME ...\t\tBring models up, now and after every restart.")
-
-    def do_disable(self, arg: str) -> None:
-        self._command("disable", arg)
-
-    def help_disable(self) -> None:
-        self.ctl.output(
-            "disable NAME ...\tStop models, and keep them stopped also after a restart."
-        )
-
-    def do_drain(self, arg: str) -> None:
-        self._command("drain", arg)
-
-    def help_drain(self) -> None:
-        self.ctl.output("drain NAME ...\t\tStop models when they have nothing to do.")
-
-    def do_swap(self, arg: str) -> None:
-        names = arg.split()
-        if len(names) != 2:
-            self.ctl.output("Error: swap requires the names of two models")
-            self.help_swap()
-            self.ctl.exitstatus = LSBInitExitStatuses.INVALID_ARGS
-            return
-        old, new = names
-        command = self._ask("swap", self.ctl.output, old, new, about=f"swap {old} {new}")
-        if command is not None:
-            self._await_result(f"swap {old} {new}", command, _SWAP_SECONDS)
-
-    def help_swap(self) -> None:
-        self.ctl.output("swap OLD NEW\t\tHave NEW take the place of OLD; OLD is drained.")
-
-    def do_rollback(self, arg: str) -> None:
-        name, *more = arg.split() or [""]
-        generation = _generation(more)
-        if not name or generation is None:
-            self.ctl.output("Error: rollback requires a model, and at most the number of one of "
-                            "its generations")  # fmt: skip
-            self.help_rollback()
-            self.ctl.exitstatus = LSBInitExitStatuses.INVALID_ARGS
-            return
-        command = self._ask("rollback", self.ctl.output, name, generation, about=name)
-        if command is not None:
-            self._await_result(name, command, _ROLLBACK_SECONDS)
-
-    def help_rollback(self) -> None:
-        self.ctl.output("rollback NAME\t\tGo back to the last block that NAME was well with.")
-        self.ctl.output("rollback NAME GENERATION\tGo back to the block of that generation.")
-
-    def do_discover(self, arg: str) -> None:
-        if arg:
-            self.ctl.output("Error: discover accepts no arguments")
-            self.help_discover()
-            self.ctl.exitstatus = LSBInitExitStatuses.INVALID_ARGS
-            return
-        try:
-            self._discover()
-        except KeyboardInterrupt:
-            self._fail(f"no longer followed: `status {_DISCOVER}` tells how it goes on", self._say)
-
-    def help_discover(self) -> None:
-        self.ctl.output("discover \t\tLook for models again, and show what is found.")
-
-    def _discover(self) -> None:
-        """Start a run, or join the one under way; show what it says, and how it ends."""
-        offset = self._asked(self._say, _log_size, about=_DISCOVER, missing=_NO_DISCOVER)
-        if offset is None:
-            return
-        is_ours = self._asked(self._say, _start, about=_DISCOVER, missing=_NO_DISCOVER)
-        if is_ours is None:
-            return
-        if not is_ours:
-            self._say(f"{_DISCOVER} runs already; what it says from now on:")
-        self._follow(offset)
-
-    def _follow(self, offset: int) -> None:
-        deadline, rest = time.monotonic() + _DISCOVER_SECONDS, ""
-        while time.monotonic() < deadline:
-            # In this order: the log of a run that has ended is complete.
-            info = self._asked(self._say, lambda proxy: proxy.supervisor.getProcessInfo(_DISCOVER))
-            said = self._asked(self._say, functools.partial(self._read_log, offset))
-            if info is None or said is None:
-                return
-            text, end = said
-            *lines, rest = (rest + text).split("\n")
-            for line in lines:
-                self._say(line)
-            if end != offset:
-                offset = end
-            elif info["state"] in STOPPED_STATES:
-                if rest:
-                    self._say(rest)
-                self._tell_end(info)
-                return
-            else:
-                time.sleep(_LOG_POLL_SECONDS)
-        self._fail(f"{_DISCOVER}: ERROR (no end after {_DISCOVER_SECONDS:.0f} s)", self._say)
-
-    def _read_log(self, offset: int, proxy: Any) -> tuple[str, int]:
-        """What the log holds beyond `offset`, a part of it, and where that ends."""
-        size = _log_size(proxy)
-        offset = offset if offset <= size else 0  # it was rotated
-        length = min(size - offset, _LOG_CHUNK_BYTES)
-        for shorter in _lengths(length):
-            try:
-                with self.ctl.get_server_proxy() as own:  # a failed one cannot be used again
-                    text = own.supervisor.readProcessStdoutLog(_DISCOVER, offset, shorter)
-                    return str(text), offset + shorter
-            except xmlrpc.client.ProtocolError as error:
-                # A character may end behind this part; supervisord cannot say so.
-                if error.errcode != HTTPStatus.INTERNAL_SERVER_ERROR:
-                    raise
-        return "", offset + length
-
-    def _tell_end(self, info: Any) -> None:
-        if info["state"] == ProcessStates.EXITED and info["exitstatus"] == 0:
-            return
-        why = {
-            ProcessStates.EXITED: f"exit status {info['exitstatus']}",
-            ProcessStates.STOPPED: "it was stopped",
-        }.get(info["state"], info["spawnerr"] or info["statename"])
-        self._fail(f"{_DISCOVER}: ERROR ({why})", self._say)
-
-    def _say(self, line: str) -> None:
-        """A line as soon as it is there."""
-        self.ctl.output("".join(c if c.isprintable() else " " for c in line))
-        self.ctl.stdout.flush()
-
-    def _command(self, verb: str, arg: str) -> None:
-        """Give a command for each name; say what became of it."""
-        names = arg.split()
-        if not names:
-            self.ctl.output(f"Error: {verb} requires the name of a model")
-            self.ctl.onecmd(f"help {verb}")
-            self.ctl.exitstatus = LSBInitExitStatuses.INVALID_ARGS
-            return
-        for name in names:
-            command = self._ask(verb, self.ctl.output, name, about=name)
-            if command is not None:
-                self._await_result(name, command, _ANSWER_SECONDS)
-
-    def _await_result(self, name: str, command: str, seconds: float) -> None:
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            text = self._ask("result", self.ctl.output, command, about=name, missing=_LOST)
-            if text is None:
-                return
-            if text:
-                self._say_result(name, text)
-                return
-            time.sleep(_POLL_SECONDS)
-        self._fail(f"{name}: ERROR (the listener does not answer). {_LOOK}", self.ctl.output)
-
-    def _say_result(self, name: str, text: str) -> None:
-        try:
-            answer = json.loads(text)
-            ok, message = bool(answer["ok"]), str(answer["message"])
-        except (ValueError, KeyError, TypeError):
-            self._fail(f"{name}: ERROR (cannot read the answer)", self.ctl.output)
-            return
-        if ok:
-            self.ctl.output(printable(message))
+    Raises:
+        Usage: it is none.
+    """
+    rest, number = list[str](), str(_LINES)
+    found = iter(words)
+    for word in found:
+        if word.startswith("-n"):
+            number = word.removeprefix("-n") or next(found, "")
         else:
-            self._fail(message, self.ctl.output)
-
-    def _show(self, text: str, wanted: list[str], say: _Say, *, as_json: bool) -> None:
-        try:
-            rows = snapshots.load(text).models if text else ()
-        except TransientError as error:
-            self._fail(str(error), say)
-            return
-        known = {row.name for row in rows}
-        missing = [name for name in wanted if name not in known]
-        chosen = [row for row in rows if not wanted or row.name in wanted]
-        if as_json:
-            self.ctl.output(json.dumps(snapshots.public(chosen), indent=2))
-        elif chosen:
-            from supervisor_synapse import report
-
-            self.ctl.output(report.models_table(chosen))
-        elif text and not rows:
-            self.ctl.output("No models. `synapse discover` looks for some.")
-        for name in missing if text else ():
-            self._fail(f"{name}: ERROR (no such model)", say)
-        self._tell_age(text, say)
-        if wanted and not text:
-            self.ctl.exitstatus = LSBInitExitStatuses.GENERIC
-
-    def _tell_age(self, text: str, say: _Say) -> None:
-        """Say so where there is no snapshot, or an old one."""
-        age = snapshots.age_seconds(text) if text else None
-        if not text:
-            say(f"The listener has not reported yet. {_LOOK}")
-        elif age is not None and age > _STALE_SECONDS:
-            say(f"The listener last reported {age:.0f} s ago: this may be outdated. {_LOOK}")
-
-    def _ask(
-        self,
-        method: str,
-        say: _Say,
-        *arguments: str | int,
-        about: str = "",
-        missing: str = "no such model",
-    ) -> str | None:
-        """What a method of our namespace answers; None where it failed, which was said."""
-        return self._asked(
-            say,
-            lambda proxy: str(getattr(proxy.synapse, method)(*arguments)),
-            about=about,
-            missing=missing,
-        )
-
-    def _asked(
-        self, say: _Say, ask: Callable[[Any], _T], *, about: str = "", missing: str = ""
-    ) -> _T | None:
-        """What `ask` gets from supervisord; None where it failed, which was said."""
-        url = self.ctl.options.serverurl
-        try:
-            with self.ctl.get_server_proxy() as proxy:
-                return ask(proxy)
-        except xmlrpc.client.Fault as fault:
-            if fault.faultCode == Faults.UNKNOWN_METHOD:
-                self._fail("supervisord runs without [rpcinterface:synapse]", say)
-            elif fault.faultCode == Faults.BAD_NAME and about:
-                self._fail(f"{about}: ERROR ({missing})", say)
-            else:
-                self._fail(str(fault.faultString), say)
-        except xmlrpc.client.ProtocolError as error:
-            if error.errcode == HTTPStatus.UNAUTHORIZED:
-                raise  # supervisorctl asks for the password
-            self._fail(f"cannot reach supervisord at {url}: HTTP status {error.errcode}", say)
-        except OSError as error:
-            why = error.strerror or str(error) or type(error).__name__
-            self._fail(f"cannot reach supervisord at {url}: {why}; does it run?", say)
-        except (xmlrpc.client.Error, HTTPException, ExpatError) as error:
-            self._fail(f"cannot read the answer of {url}: {error}", say)
-        return None
-
-    def _fail(self, message: str, say: _Say) -> None:
-        say(printable(message))
-        self.ctl.exitstatus = LSBInitExitStatuses.GENERIC
+            rest.append(word)
+    value = _number(number)
+    if value is None or value > _MOST_LINES:
+        raise Usage(f"history -n requires a number from 1 to {_MOST_LINES}")
+    return rest, value
 
 
 def _generation(words: list[str]) -> int | None:
     """The number of a generation; 0 where none is given, None where it is none."""
     if not words:
         return 0
-    is_number = len(words) == 1 and words[0].isascii() and words[0].isdecimal()
-    number = int(words[0]) if is_number and len(words[0]) <= len(str(_LARGEST_INT)) else 0
+    return _number(words[0]) if len(words) == 1 else None
+
+
+def _number(word: str) -> int | None:
+    """A number from 1 on that XML-RPC can carry."""
+    is_number = word.isascii() and word.isdecimal() and len(word) <= len(str(_LARGEST_INT))
+    number = int(word) if is_number else 0
     return number if 0 < number <= _LARGEST_INT else None
-
-
-def _log_size(proxy: Any) -> int:
-    _, size, _ = proxy.supervisor.tailProcessStdoutLog(_DISCOVER, 0, 0)
-    return int(size)
-
-
-def _start(proxy: Any) -> bool:
-    """Start a discovery; False where one runs already."""
-    try:
-        proxy.supervisor.startProcess(_DISCOVER, False)
-    except xmlrpc.client.Fault as fault:
-        if fault.faultCode != Faults.ALREADY_STARTED:
-            raise
-        return False
-    return True
-
-
-def _lengths(length: int) -> Iterator[int]:
-    """A length, and those that end one of a few bytes before it."""
-    for cut in range(_LONGEST_CHARACTER_BYTES):
-        if length > cut:
-            yield length - cut
-
-
-def _on_stderr(message: str) -> None:
-    """Beside JSON on stdout, which must stay JSON."""
-    print(message, file=sys.stderr)
 
 
 def make_controllerplugin(controller: Any, **config: Any) -> SynapseControllerPlugin:

@@ -2,6 +2,9 @@
 
 A command waits until the listener has answered it, so one that died over it finds it again. So
 the listener must carry out each as if it might come twice.
+
+Whoever asks twice is given the first one's id, as long as that waits and nothing else was asked of
+the same models in between; and with the same key also later. So what was lost can be asked again.
 """
 
 from __future__ import annotations
@@ -13,10 +16,15 @@ from dataclasses import dataclass
 
 _MOST_WAITING = 256
 _MOST_ANSWERS = 1024
+_MOST_KEYS = _MOST_WAITING + _MOST_ANSWERS
 
 
 class Full(Exception):
     """The listener has not taken anything for a long time."""
+
+
+class KeyTaken(Exception):
+    """Another command was given under this key."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +54,7 @@ class Mailbox:
         self._numbers = itertools.count(1)
         self._waiting: OrderedDict[str, Command] = OrderedDict()
         self._answers: OrderedDict[str, Answer] = OrderedDict()
+        self._keyed: OrderedDict[str, Command] = OrderedDict()
         self._demands: dict[str, None] = {}
 
     def demand(self, model: str) -> bool:
@@ -61,17 +70,46 @@ class Mailbox:
         self._demands.clear()
         return found
 
-    def post(self, verb: str, model: str, other: str = "") -> str:
-        """The id under which the answer will be found.
+    def post(self, verb: str, model: str, other: str = "", key: str = "") -> str:
+        """The id under which the answer will be found. `key`: whoever asked chose it; empty: none.
 
         Raises:
             Full: too many wait already.
+            KeyTaken: another command was given under this key.
         """
+        command = self._of_key(key, (verb, model, other)) or self._under_way(verb, model, other)
+        if command is None:
+            command = self._new(verb, model, other)
+        if key:
+            self._keyed[key] = command
+            if len(self._keyed) > _MOST_KEYS:
+                self._keyed.popitem(last=False)
+        return command.id
+
+    def _of_key(self, key: str, asked: tuple[str, str, str]) -> Command | None:
+        """The command that was given under this key, as long as it is known."""
+        command = self._keyed.get(key)
+        if command is None or not self.is_known(command.id):
+            return None
+        if asked != (command.verb, command.model, command.other):
+            raise KeyTaken
+        return command
+
+    def _under_way(self, verb: str, model: str, other: str) -> Command | None:
+        """The same command, where it waits and is the last that was given to its models."""
+        names = {model, other} - {""}
+        for command in reversed(self._waiting.values()):
+            if names & {command.model, command.other}:
+                is_same = (verb, model, other) == (command.verb, command.model, command.other)
+                return command if is_same else None
+        return None
+
+    def _new(self, verb: str, model: str, other: str) -> Command:
         if len(self._waiting) >= _MOST_WAITING:
             raise Full
         command = Command(f"{self._era}-{next(self._numbers)}", verb, model, other)
         self._waiting[command.id] = command
-        return command.id
+        return command
 
     def waiting(self) -> list[Command]:
         """Oldest first."""

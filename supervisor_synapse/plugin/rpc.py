@@ -16,17 +16,22 @@ from typing import Any
 
 from supervisor import events
 from supervisor.rpcinterface import SupervisorNamespaceRPCInterface
-from supervisor.states import ProcessStates
+from supervisor.states import ProcessStates, SupervisorStates
 from supervisor.xmlrpc import Faults, RPCError
 
-from supervisor_synapse.plugin import metrics, reload_guard
+from supervisor_synapse.plugin import metrics, reload_guard, web
 from supervisor_synapse.plugin.board import Board, boards
-from supervisor_synapse.plugin.mailbox import Answer, Full
+from supervisor_synapse.plugin.mailbox import Answer, Full, KeyTaken
 
-API_VERSION = "1.3"
+# The first number changes when something that callers rely on does; the second when something is
+# added. docs/xml-rpc.md describes it.
+API_VERSION = "1.4"
 
 _LARGEST_SNAPSHOT_CHARACTERS = 8 * 1024 * 1024
 _LONGEST_MESSAGE = 1000
+_LONGEST_KEY = 64
+_MOST_LINES = 1000  # of the history in one answer: some milliseconds of work
+_LARGEST_INT = 2**31 - 1  # of XML-RPC
 
 
 class SynapseNamespaceRPCInterface:
@@ -64,52 +69,57 @@ class SynapseNamespaceRPCInterface:
         self._board.hear()
         return len(self._board.mailbox.waiting())
 
-    def enable(self, name: str) -> str:
+    def enable(self, name: str, key: str = "") -> str:
         """Bring a model up, now and after every restart, until it is disabled.
 
         @param string name  a model
-        @return string      id of the command, for result()
+        @param string key   optional: asked again with the same, nothing is done twice
+        @return string      id of the command, for result(), which answers when it is noted
         """
-        return self._command("enable", name)
+        return self._command("enable", name, key=key)
 
-    def disable(self, name: str) -> str:
+    def disable(self, name: str, key: str = "") -> str:
         """Stop a model, and keep it stopped also after a restart, until it is enabled.
 
         @param string name  a model
-        @return string      id of the command, for result()
+        @param string key   optional: asked again with the same, nothing is done twice
+        @return string      id of the command, for result(), which answers when it is noted
         """
-        return self._command("disable", name)
+        return self._command("disable", name, key=key)
 
-    def swap(self, old: str, new: str) -> str:
+    def swap(self, old: str, new: str, key: str = "") -> str:
         """Have one model take the place of another; without a moment between where both fit.
 
         @param string old  the model that goes
         @param string new  the model that comes
+        @param string key  optional: asked again with the same, nothing is done twice
         @return string     id of the command, for result(), which answers when all is done
         """
         if old == new:
             raise RPCError(Faults.INCORRECT_PARAMETERS, "a model cannot take its own place")
         self._require_model(new)
-        return self._command("swap", old, str(new))
+        return self._command("swap", old, str(new), key=key)
 
-    def drain(self, name: str) -> str:
+    def drain(self, name: str, key: str = "") -> str:
         """Stop a model when it has nothing to do.
 
         @param string name  a model
-        @return string      id of the command, for result()
+        @param string key   optional: asked again with the same, nothing is done twice
+        @return string      id of the command, for result(), which answers when it is noted
         """
-        return self._command("drain", name)
+        return self._command("drain", name, key=key)
 
-    def rollback(self, name: str, generation: int) -> str:
+    def rollback(self, name: str, generation: int, key: str = "") -> str:
         """Go back to a former block of a model.
 
         @param string name     a model
         @param int generation  the generation to go back to; 0: the last one that was well
+        @param string key      optional: asked again with the same, nothing is done twice
         @return string         id of the command, for result(), which answers when all is done
         """
-        if type(generation) is not int or generation < 0:
+        if type(generation) is not int or not 0 <= generation <= _LARGEST_INT:
             raise RPCError(Faults.INCORRECT_PARAMETERS, "a generation is a number, or 0")
-        return self._command("rollback", name, str(generation) if generation else "")
+        return self._command("rollback", name, str(generation) if generation else "", key=key)
 
     def demand(self, name: str) -> bool:
         """Somebody waits for a model that does not run; to be said again every second.
@@ -128,7 +138,8 @@ class SynapseNamespaceRPCInterface:
     def discover(self) -> str:
         """Look for models again, in supervisord's program `discover`, which says how it goes.
 
-        @return string  empty; also where it runs already
+        @return string  empty; also where it runs already. Its log tells how it goes, and
+                        supervisor.getProcessInfo("discover") how it ended
         """
         try:
             self._supervisor.startProcess("discover", False)
@@ -141,7 +152,8 @@ class SynapseNamespaceRPCInterface:
         """What became of a command.
 
         @param string command  its id
-        @return string         empty while it waits; then a JSON object: `ok` and `message`
+        @return string         empty while it waits; then a JSON object: `ok` and `message`. A
+                               fault BAD_NAME where it is not known (any more)
         """
         if not isinstance(command, str) or not self._board.mailbox.is_known(command):
             raise RPCError(Faults.BAD_NAME, "there is no such command")
@@ -176,16 +188,29 @@ class SynapseNamespaceRPCInterface:
         self._board.mailbox.answer(str(command), answer)
         return True
 
+    def _require_running(self) -> None:
+        """While supervisord ends, nobody carries a command out."""
+        mood = self._supervisord.options.mood
+        if isinstance(mood, int) and mood < SupervisorStates.RUNNING:
+            raise RPCError(Faults.SHUTDOWN_STATE)
+
     def _require_model(self, name: object) -> None:
         if not isinstance(name, str) or not self._is_model(name):
             raise RPCError(Faults.BAD_NAME, "there is no such model")
 
-    def _command(self, verb: str, name: str, other: str = "") -> str:
+    def _command(self, verb: str, name: str, other: str = "", *, key: str = "") -> str:
+        self._require_running()
         self._require_model(name)
+        if not _is_key(key):
+            raise RPCError(Faults.INCORRECT_PARAMETERS, "a key is printable ASCII, 64 at most")
         try:
-            command = self._board.mailbox.post(verb, name, other)
+            command = self._board.mailbox.post(verb, name, other, key)
         except Full:
             raise RPCError(Faults.FAILED, "the listener takes no commands now") from None
+        except KeyTaken:
+            raise RPCError(
+                Faults.INCORRECT_PARAMETERS, "another command was given with this key"
+            ) from None
         events.notify(events.RemoteCommunicationEvent("synapse", verb))  # wakes it
         return command
 
@@ -222,7 +247,7 @@ class SynapseNamespaceRPCInterface:
         """The newest transitions.
 
         @param string name  a model; empty: all
-        @param int most     how many, at most
+        @param int most     how many, at most; never more than 1000
         @return string      JSON list of objects, oldest first: `when` (seconds since the epoch),
                             `model`, `from`, `to`, `reason`, `class`, `evidence`, `incarnation`
         """
@@ -230,7 +255,7 @@ class SynapseNamespaceRPCInterface:
             raise RPCError(Faults.INCORRECT_PARAMETERS, "most is a number from 1 on")
         if not isinstance(name, str):
             raise RPCError(Faults.BAD_NAME, "there is no such model")
-        lines = self._board.history(name, most)
+        lines = self._board.history(name, min(most, _MOST_LINES))
         if name and not lines:  # one that has no program any more may still have a history
             self._require_model(name)
         return _dumped(lines)
@@ -249,6 +274,11 @@ class SynapseNamespaceRPCInterface:
             raise RPCError(Faults.INCORRECT_PARAMETERS, "lines are a JSON list of objects")
         self._board.record(value, anew=bool(anew))
         return True
+
+
+def _is_key(key: object) -> bool:
+    """Empty: none."""
+    return isinstance(key, str) and len(key) <= _LONGEST_KEY and key.isascii() and key.isprintable()
 
 
 def _parsed(text: object) -> Any:
@@ -280,6 +310,7 @@ def make_rpcinterface(supervisord: Any, **config: Any) -> SynapseNamespaceRPCInt
         events.subscribe(events.Tick5Event, board.watchdog.on_tick)
         _guard_reloads(supervisord)
         metrics.install(supervisord)
+        web.install(supervisord, SynapseNamespaceRPCInterface)
     return SynapseNamespaceRPCInterface(supervisord, board)
 
 

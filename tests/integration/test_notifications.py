@@ -51,6 +51,13 @@ def tell(fleet: Deployment, notify: str) -> None:
     assert not found["problems"], found
 
 
+def test_a_hook_that_cannot_be_used_is_told_when_it_is_applied(fleet: Deployment) -> None:
+    fleet.configure(f"{SETTINGS}\n[notify]\ncommand = /no/such/program\n")
+    (problem,) = fleet.discover()["problems"]
+    assert problem["subject"] == "[notify]"
+    assert "/no/such/program" in problem["reason"]
+
+
 def write_hook(fleet: Deployment, script: str) -> Path:
     path = fleet.root / "hook"
     path.write_text(f"#!/bin/sh\ncd {fleet.root}\n{script}\n")

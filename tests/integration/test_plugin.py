@@ -590,8 +590,8 @@ def test_a_rollback_waits_for_the_listeners_answer(
 
 def test_a_rollback_of_what_is_none_is_refused_at_once(stage: Stage) -> None:
     assert "no such model" in stage.at.ctl("rollback", "nobody", expect=1).out
-    assert "rollback NAME" in stage.at.ctl("rollback", "m0", "x", expect=2).out
-    assert "rollback NAME" in stage.at.ctl("help", "rollback").out
+    assert "rollback <name>" in stage.at.ctl("rollback", "m0", "x", expect=2).out
+    assert "rollback <name>" in stage.at.ctl("help", "rollback").out
     assert stage.rpc.requests() == ()
 
 

@@ -23,7 +23,7 @@ from tests.integration.harness import (
     wait_until,
 )
 
-BACKEND = Path(__file__).resolve().parents[2] / "etc" / "docker" / "backend.py"
+BACKEND = Path(__file__).resolve().parents[2] / "docs" / "examples" / "backend.py"
 LOGIN = ("synapse", "correct horse battery staple")
 
 pytestmark = pytest.mark.usefixtures("llama_server")
@@ -51,36 +51,22 @@ def service(web_port: int) -> Iterator[tuple[Deployment, Foreground]]:
             yield deployment, up
 
 
-def _ask(deployment: Deployment, web_port: int, password: str) -> tuple[int, str]:
-    """Exit status and words of the example back end."""
+@pytest.mark.parametrize(("password", "status"), [(LOGIN[1], 0), ("password", 1)])
+def test_a_back_end_needs_the_password_that_the_file_only_hashes(
+    service: tuple[Deployment, Foreground], web_port: int, password: str, status: int
+) -> None:
+    deployment, _ = service
     file = deployment.root / "password"
     file.write_text(f"{password}\n")
     deployment.extra_environment = {
-        "SYNAPSE_URL": f"http://127.0.0.1:{web_port}", "SYNAPSE_PASSWORD_FILE": str(file),
+        "SYNAPSE_URL": f"http://127.0.0.1:{web_port}/RPC2", "SYNAPSE_PASSWORD_FILE": str(file),
     }  # fmt: skip
     try:
-        done = deployment.run(sys.executable, str(BACKEND), expect=None)
+        done = deployment.run(sys.executable, str(BACKEND), "models", expect=status)
     finally:
         deployment.extra_environment = {}
-    return done.status, done.text
-
-
-def test_a_back_end_finds_a_model_by_xml_rpc_and_is_answered(
-    service: tuple[Deployment, Foreground], web_port: int
-) -> None:
-    status, said = _ask(service[0], web_port, LOGIN[1])
-    first, answer = said.split("\n", 1)
-    assert (status, first) == (0, f"tiny: FAST, port {service[0].models()['tiny']['port']}")
-    assert answer.strip()
-
-
-def test_a_back_end_with_another_password_learns_nothing(
-    service: tuple[Deployment, Foreground], web_port: int
-) -> None:
-    status, said = _ask(service[0], web_port, "password")
-    assert status != 0
-    assert "401" in said
-    assert "tiny" not in said
+    assert ("tiny ready" in done.text) is (status == 0)
+    assert ("401" in done.text) is (status == 1)
 
 
 def test_a_reload_is_not_taken_for_the_end(service: tuple[Deployment, Foreground]) -> None:

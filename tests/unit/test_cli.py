@@ -87,7 +87,7 @@ def _texts() -> Iterator[tuple[str, str]]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 yield path.name, node.value
-    for path in (CHECKOUT / "README.md", *CHECKOUT.glob("templates/*"), *CHECKOUT.glob("etc/*")):
+    for path in (CHECKOUT / "README.md", *CHECKOUT.glob("templates/*"), *CHECKOUT.glob("etc/*.*")):
         for line in path.read_text().splitlines():
             yield path.name, line
 

@@ -648,12 +648,56 @@ def test_a_command_is_answered_when_it_is_written_down(folder: Path, verb: str) 
 
 def test_drain_says_what_happens_and_what_does_not_run_cannot_be_drained(folder: Path) -> None:
     fleet = Fleet(folder).up()
+    doom(fleet, "b")
+    fleet.ask("enable", "b")
+    fleet.run_until(lambda: fleet.phase("b") is Phase.FAILED)
     line, other = fleet.ask("drain", "a"), fleet.ask("drain", "b")
     fleet.hear()
-    assert line.answer == Answer("e-1", True, "a: stops when it is idle")
-    assert other.answer == Answer("e-2", False, "b: does not run")
-    fleet.run(10.0).assert_serves()
-    assert fleet.intent() == {}
+    assert line.answer == Answer("e-2", True, "a: stops when it is idle")
+    assert other.answer == Answer("e-3", False, "b: does not run")
+    fleet.run(10.0)
+    assert fleet.phase("a") is Phase.STOPPED
+
+
+def test_a_model_that_is_stopped_and_stays_so_needs_no_drain(folder: Path) -> None:
+    """Whoever asks again after the first drain is over has what was wanted."""
+    fleet = Fleet(folder).up()
+    fleet.over(fleet.ask("drain", "a"))
+    fleet.run_until(lambda: fleet.phase("a") is Phase.STOPPED)
+    again, never = fleet.ask("drain", "a"), fleet.ask("drain", "b")
+    fleet.hear()
+    assert again.answer == Answer("e-2", True, "a: is stopped already")
+    assert never.answer == Answer("e-3", True, "b: is stopped already")
+    fleet.assert_serves()
+
+
+def test_a_model_that_is_about_to_start_cannot_be_drained(folder: Path) -> None:
+    fleet = Fleet(folder).up()
+    fleet.ask("enable", "b")
+    line = fleet.ask("drain", "b")
+    fleet.hear()
+    assert line.answer == Answer("e-2", False, "b: does not run")
+    fleet.run(10.0).assert_serves("a", "b")
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_a_swap_asked_for_again_when_it_is_done_changes_nothing(folder: Path, fits: bool) -> None:
+    fleet = Fleet(folder, fits=fits).up()
+    first, again = fleet.over(fleet.swap()), fleet.over(fleet.swap())
+    assert (again.ok, again.message) == (first.ok, first.message)
+    assert fleet.starts("b") == 1
+    fleet.assert_serves("b")
+
+
+@pytest.mark.parametrize("verb", ["enable", "disable"])
+def test_a_command_asked_for_again_says_the_same_and_changes_nothing(
+    folder: Path, verb: str
+) -> None:
+    fleet = Fleet(folder).up()
+    said = {fleet.over(fleet.ask(verb, "a")).message for _ in range(2)}
+    assert said == {f"a: {verb}d"}
+    fleet.run(10.0)
+    assert fleet.starts("a") == 1
 
 
 def test_a_drain_of_a_model_that_stops_takes_back_an_earlier_enable(folder: Path) -> None:

@@ -156,7 +156,7 @@ def test_a_cache_with_everything_in_it_yields_exactly_the_right_models(
     }
     assert catalog.problems == ()
     assert [(problem.subject, problem.remedy.partition(":")[0]) for problem in found.problems] == [
-        ("owner/broken-GGUF", "`hf download owner/broken-GGUF FILE`"),
+        ("owner/broken-GGUF", "`synapse pull owner/broken-GGUF"),
         ("owner/gone-GGUF/gone-Q4_K_M.gguf", "`hf download owner/gone-GGUF gone-Q4_K_M.gguf`"),
     ]
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from supervisor_synapse.plugin.mailbox import Answer, Full, Mailbox
+from supervisor_synapse.plugin.mailbox import Answer, Full, KeyTaken, Mailbox
 
 DONE = Answer(True, "a: enabled")
 
 
 def _post_many(box: Mailbox) -> None:
-    for _ in range(10_000):
-        box.post("enable", "a")
+    for number in range(10_000):
+        box.post("enable", f"m{number}")
 
 
 def test_a_command_waits_until_it_is_answered() -> None:
@@ -61,7 +61,7 @@ def test_an_answer_to_nothing_is_forgotten() -> None:
 
 def test_ids_do_not_repeat_even_from_one_supervisord_to_the_next() -> None:
     boxes = [Mailbox() for _ in range(20)]
-    ids = [box.post("enable", "a") for box in boxes for _ in range(3)]
+    ids = [box.post("enable", name) for box in boxes for name in "abc"]
     assert len(set(ids)) == len(ids)
     assert not boxes[0].is_known(ids[-1])
     assert all(command.isascii() for command in ids)
@@ -107,3 +107,89 @@ def test_a_swap_that_takes_hours_waits_without_holding_up_others() -> None:
     assert [command.id for command in box.waiting()] == [slow]
     assert box.answer_to(slow) is None
     assert box.is_known(slow)
+
+
+# --- asked again ---------------------------------------------------------------------------------
+
+
+def test_the_same_command_under_way_is_one_command() -> None:
+    """A client that lost the answer to a swap of half an hour asks again."""
+    box = Mailbox()
+    first = box.post("swap", "a", "b")
+    box.post("enable", "c")
+    assert box.post("swap", "a", "b") == first
+    assert len(box.waiting()) == 2
+
+
+@pytest.mark.parametrize(
+    "between", [("disable", "a", ""), ("swap", "a", "b"), ("swap", "b", "a"), ("rollback", "a", "")]
+)
+def test_a_command_after_another_one_of_the_same_model_is_a_new_one(
+    between: tuple[str, str, str],
+) -> None:
+    """The last one asked has the last word."""
+    box = Mailbox()
+    posted = [box.post("enable", "a"), box.post(*between), box.post("enable", "a")]
+    assert [command.id for command in box.waiting()] == posted
+    assert len(set(posted)) == 3
+
+
+@pytest.mark.parametrize(
+    "other", [("swap", "b", "a"), ("drain", "a", ""), ("rollback", "a", "3"), ("enable", "b", "")]
+)
+def test_another_command_is_another_one(other: tuple[str, str, str]) -> None:
+    box = Mailbox()
+    assert box.post("swap", "a", "b") != box.post(*other)
+    assert len(box.waiting()) == 2
+
+
+def test_a_command_that_was_answered_is_carried_out_anew() -> None:
+    box = Mailbox()
+    first = box.post("enable", "a")
+    box.answer(first, DONE)
+    assert box.post("enable", "a") != first
+
+
+def test_with_a_key_it_is_one_command_also_after_its_answer() -> None:
+    box = Mailbox()
+    first = box.post("rollback", "a", key="k")
+    box.answer(first, DONE)
+    box.post("rollback", "a")
+    assert box.post("rollback", "a", key="k") == first
+    assert box.answer_to(first) == DONE
+
+
+def test_a_key_counts_for_a_command_that_was_under_way_without_it() -> None:
+    box = Mailbox()
+    first = box.post("swap", "a", "b")
+    assert box.post("swap", "a", "b", key="k") == first
+    box.answer(first, DONE)
+    assert box.post("swap", "a", "b", key="k") == first
+
+
+@pytest.mark.parametrize("other", [("enable", "b", ""), ("disable", "a", ""), ("swap", "a", "b")])
+def test_a_key_of_another_command_is_refused(other: tuple[str, str, str]) -> None:
+    box = Mailbox()
+    box.post("enable", "a", key="k")
+    with pytest.raises(KeyTaken):
+        box.post(*other, key="k")
+    assert len(box.waiting()) == 1
+
+
+def test_a_key_is_forgotten_with_its_answer() -> None:
+    """Memory inside supervisord is bounded; and a key may then be used anew."""
+    box = Mailbox()
+    first = box.post("enable", "a", key="k")
+    box.answer(first, DONE)
+    for number in range(5000):
+        box.answer(box.post("enable", "b", key=str(number)), DONE)
+    assert box.post("disable", "a", key="k") != first
+    assert len(vars(box)["_keyed"]) < 2000
+
+
+def test_asking_again_is_no_new_command_where_no_more_are_taken() -> None:
+    box = Mailbox()
+    first = box.post("enable", "m0")
+    with pytest.raises(Full):
+        _post_many(box)
+    assert box.post("enable", "m0") == first

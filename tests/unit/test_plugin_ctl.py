@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import os
 import shutil
+import signal
 import socket
 import tempfile
 import xmlrpc.client
@@ -17,10 +20,11 @@ import pytest
 from supervisor.options import ClientOptions
 from supervisor.supervisorctl import Controller
 
-from supervisor_synapse.adapters import snapshots
-from supervisor_synapse.core.model import Row, Snapshot
+from supervisor_synapse.adapters import history, snapshots
+from supervisor_synapse.core.model import DeviceRow, Holding, Phase, Row, Snapshot
+from supervisor_synapse.plugin import ctl_commands
 from tests.unit import scripted
-from tests.unit.builders import row
+from tests.unit.builders import GIB, row
 from tests.unit.scripted import Script
 
 CONF = """[supervisorctl]
@@ -28,6 +32,9 @@ serverurl=unix://{socket}
 [ctlplugin:synapse]
 supervisor.ctl_factory=supervisor_synapse.plugin.ctl:make_controllerplugin
 """
+COMMANDS = (
+    "models", "devices", "history", "enable", "disable", "drain", "swap", "rollback", "discover",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +55,16 @@ class Terminal:
         self._conf.write_text(CONF.format(socket=self.socket))
         self._capture = capture
 
-    def type(self, line: str) -> Said:
-        """Enter a line without any supervisord."""
+    def controller(self, line: str = "help", out: io.StringIO | None = None) -> Any:
+        """supervisorctl as it is begun with this line."""
         options = ClientOptions()
         options.realize(["-c", str(self._conf), *line.split()], doc="")
+        return Controller(options, stdout=out or io.StringIO())
+
+    def type(self, line: str) -> Said:
+        """Enter a line without any supervisord."""
         out = io.StringIO()
-        controller = Controller(options, stdout=out)
+        controller = self.controller(line, out)
         self._capture.readouterr()
         controller.onecmd(line)
         captured = self._capture.readouterr()
@@ -119,6 +130,12 @@ def test_one_model_can_be_asked_for(ctl: Terminal, line: str) -> None:
     said = ctl.show(line, row(name="a"), row(name="b"))
     assert said.status == 0
     assert [model["name"] for model in json.loads(said.out)] == ["b"]
+
+
+def test_all_models_can_be_asked_for_by_that_word(ctl: Terminal) -> None:
+    """As in `status all`."""
+    said = ctl.show("models all", row(name="a"), row(name="b"))
+    assert (said.status, len(said.out.splitlines())) == (0, 3)
 
 
 def test_several_models_can_be_asked_for(ctl: Terminal) -> None:
@@ -304,12 +321,34 @@ def test_a_swap_that_failed_is_a_failure_in_the_listeners_words(ctl: Terminal) -
     assert said == Said(1, words + "\n", "")
 
 
+def test_a_swap_that_takes_its_time_says_how_far_it_is(
+    ctl: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each phase once, and nothing of other models."""
+    monkeypatch.setattr(ctl_commands, "_NEWS_SECONDS", 0.0)
+    looks = [
+        published(row(name="b", phase=phase, reason=why), row(name="a"), row(name="c"))
+        for phase, why in ((Phase.PENDING, "enabled"), (Phase.LOADING, "1"), (Phase.LOADING, "2"))
+    ]
+    done = result(True, "b serves, a is stopped")
+    script = by_method(
+        swap=answer("e-1"), models=[*looks, fault(6, "x"), answer("x"), answer("")],
+        result=[answer("")] * 7 + [done],
+    )  # fmt: skip
+    said = ctl.ask("swap a b", script)
+    assert said.status == 0
+    assert said.out.splitlines() == [
+        "a: ready (answers 1.2 s after its start)", "b: pending (enabled)", "b: loading (1)",
+        "b serves, a is stopped",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("line", ["swap", "swap a", "swap a b c"])
 def test_a_swap_takes_two_names(ctl: Terminal, line: str) -> None:
     """Said before anything is asked."""
     said = ctl.type(line)
     assert said.status == 2
-    assert "swap OLD NEW" in said.out
+    assert "swap <old> <new>" in said.out
 
 
 def test_a_swap_with_a_model_that_there_is_none_of_is_a_failure(ctl: Terminal) -> None:
@@ -349,7 +388,7 @@ def test_each_model_of_a_command_is_answered(ctl: Terminal, verb: str) -> None:
 def test_a_command_without_a_name_is_bad_usage(ctl: Terminal, verb: str) -> None:
     said = ctl.type(verb)
     assert said.status == 2
-    assert f"{verb} NAME ..." in said.out
+    assert f"{verb} <name> <name>" in said.out
 
 
 @pytest.mark.parametrize("text", ["x", "[]", "{}", '{"ok": true}', "1", "null"])
@@ -363,11 +402,12 @@ def test_what_the_listener_answers_cannot_steer_the_terminal(ctl: Terminal) -> N
     assert ctl.ask("drain a", script).out == "a [2J b\n"
 
 
-@pytest.mark.parametrize("verb", ["enable", "disable", "drain", "swap", "rollback", "discover"])
+@pytest.mark.parametrize("verb", COMMANDS)
 def test_each_command_is_listed_and_explained(ctl: Terminal, verb: str) -> None:
     assert verb in ctl.type("help").out.split()
     lines = ctl.type(f"help {verb}").out.splitlines()
-    assert all(line.startswith(f"{verb} ") for line in lines), lines
+    assert all(line.replace("\t", " ").startswith(f"{verb} ") for line in lines), lines
+    assert all(len(line.expandtabs()) <= 80 for line in lines)
 
 
 @pytest.mark.parametrize("command", ["start", "stop", "models", "swap", "help"])
@@ -386,9 +426,7 @@ def test_help_on_what_no_plugin_knows_says_so_once(ctl: Terminal) -> None:
 def test_every_command_is_listed_once(ctl: Terminal) -> None:
     words = ctl.type("help").out.split()
     assert [words.count(word) for word in ("models", "drain", "start", "status")] == [1] * 4
-    assert words[-7:] == [
-        "disable", "discover", "drain", "enable", "models", "rollback", "swap",
-    ]  # fmt: skip
+    assert words[-9:] == sorted(COMMANDS)
 
 
 # --- usage ---------------------------------------------------------------------------------------
@@ -408,7 +446,7 @@ def test_help_tells_both_forms(ctl: Terminal) -> None:
     said = ctl.type("help models")
     assert said.status == 0
     assert "models --json" in said.out
-    assert "NAME" in said.out
+    assert "<name>" in said.out
 
 
 def test_models_is_listed_among_the_commands(ctl: Terminal) -> None:
@@ -441,7 +479,7 @@ def test_a_rollback_takes_a_model_and_the_number_of_a_generation(ctl: Terminal, 
     """Said before anything is asked."""
     said = ctl.type(line)
     assert said.status == 2
-    assert "rollback NAME GENERATION" in said.out
+    assert "rollback <name> <generation>" in said.out
 
 
 def test_a_rollback_of_no_model_is_a_failure(ctl: Terminal) -> None:
@@ -548,3 +586,249 @@ def test_without_a_supervisord_it_says_so_once(ctl: Terminal) -> None:
     said = ctl.type("discover")
     assert said.status == 1
     assert said.out.count("does it run?") == 1
+
+
+# --- devices -------------------------------------------------------------------------------------
+
+CARD = DeviceRow(
+    "CUDA0", "NVIDIA H100", 80 * GIB, 30 * GIB, GIB, 27 * GIB, 10 * GIB,
+    (Holding("a", 40 * GIB, 42 * GIB),),
+)  # fmt: skip
+
+
+def known(*devices: DeviceRow, age_seconds: float = 1.0) -> Script:
+    value = json.loads(snapshots.dump(Snapshot(1.0, (), devices)))
+    return answer(json.dumps(value | {"age_seconds": age_seconds}))
+
+
+def test_devices_are_shown_with_a_bar_and_who_has_what(ctl: Terminal) -> None:
+    said = ctl.ask("devices", known(CARD))
+    assert (said.status, said.err) == (0, "")
+    bar, description, *legend = said.out.splitlines()
+    assert bar.startswith("CUDA0  [###")
+    assert bar.endswith("80.0 GiB, 27.0 GiB left")
+    assert description.strip() == "NVIDIA H100"
+    assert [line.split()[:2] for line in legend] == [
+        ["#=", "a"], ["x", "others"], [".", "free"], ["|", "reserve"],
+    ]  # fmt: skip
+
+
+def test_devices_are_given_as_json(ctl: Terminal) -> None:
+    said = ctl.ask("devices --json", known(CARD))
+    assert (said.status, said.err) == (0, "")
+    assert json.loads(said.out) == snapshots.public_devices([CARD])
+
+
+def test_an_old_snapshot_of_devices_is_said_to_be_old(ctl: Terminal) -> None:
+    assert "last reported 42 s ago" in ctl.ask("devices", known(CARD, age_seconds=42)).out
+    said = ctl.ask("devices --json", known(CARD, age_seconds=42))
+    assert "last reported 42 s ago" in said.err
+    assert len(json.loads(said.out)) == 1
+
+
+def test_before_any_report_no_devices_are_known(ctl: Terminal) -> None:
+    said = ctl.ask("devices", answer(""))
+    assert (said.status, said.out.count("has not reported")) == (0, 1)
+    assert json.loads(ctl.ask("devices --json", answer("")).out) == []
+    assert ctl.ask("devices", known()).out == "No devices are known yet.\n"
+
+
+def test_devices_that_are_none_are_a_failure(ctl: Terminal) -> None:
+    text = json.dumps({"at": 1, "models": [], "devices": [1]})
+    said = ctl.ask("devices", answer(text))
+    assert said.status == 1
+    assert said.out.startswith("cannot read the listener's snapshot")
+
+
+@pytest.mark.parametrize("line", ["devices a", "devices -x", "devices --json a"])
+def test_devices_takes_no_names(ctl: Terminal, line: str) -> None:
+    said = ctl.type(line)
+    assert said.status == 2
+    assert "devices --json" in said.out
+
+
+# --- history -------------------------------------------------------------------------------------
+
+FAILURE = history.Line(
+    2.0, "a", "loading", "failed", "bad-argument, exit status 1", 1, 2, "bad-argument",
+    "error: invalid argument: --fast",
+)  # fmt: skip
+LINES = [
+    history.public(history.Line(1.0, "a", None, "pending", "enabled")),
+    history.public(FAILURE),
+]
+
+
+def test_the_history_is_shown_with_reasons_and_evidence(ctl: Terminal) -> None:
+    script = by_method(history=answer(json.dumps(LINES)))
+    said = ctl.ask("history", script)
+    assert said.status == 0
+    head, first, second = said.out.splitlines()
+    assert head.split() == ["WHEN", "MODEL", "CHANGE", "CLASS", "WHY"]
+    assert " a      - -> pending  " in first
+    assert "loading -> failed  bad-argument  bad-argument, exit status 1: error: inv" in second
+    assert arguments_of(script.asked[0]) == ("", 20)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("line", "asked"),
+    [("history a", ("a", 20)), ("history a -n 5", ("a", 5)), ("history -n5 a", ("a", 5)),
+     ("history -n 1000 --json", ("", 1000)), ("history --json a", ("a", 20))],
+)  # fmt: skip
+def test_the_history_of_one_model_and_so_many_lines(
+    ctl: Terminal, line: str, asked: tuple[str, int]
+) -> None:
+    script = by_method(history=answer(json.dumps(LINES)))
+    said = ctl.ask(line, script)
+    assert said.status == 0
+    assert arguments_of(script.asked[0]) == asked  # type: ignore[attr-defined]
+    if "--json" in line:
+        assert json.loads(said.out) == LINES
+
+
+def test_a_history_without_lines_says_so(ctl: Terminal) -> None:
+    assert ctl.ask("history", answer("[]")) == Said(0, "No transitions yet.\n", "")
+    assert json.loads(ctl.ask("history --json", answer("[]")).out) == []
+
+
+def test_the_history_of_no_model_is_a_failure(ctl: Terminal) -> None:
+    said = ctl.ask("history nobody --json", fault(10, "BAD_NAME"))
+    assert said == Said(1, "", "nobody: ERROR (no such model)\n")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "x", "{}", "1", "[1]", "[{}]", '[{"when": "x"}]', "[" * 100_000],
+    ids=lambda text: text[:16],
+)  # fmt: skip
+def test_a_history_that_is_none_is_a_failure(ctl: Terminal, text: str) -> None:
+    said = ctl.ask("history", answer(text))
+    assert said.status == (0 if text == "{}" else 1)
+    assert len(said.out.splitlines()) == 1
+
+
+def test_what_a_history_holds_cannot_steer_the_terminal(ctl: Terminal) -> None:
+    hostile = dict.fromkeys(("model", "from", "to", "reason", "evidence"), "a\x1b[2Jb\nc\u202e")
+    said = ctl.ask("history", answer(json.dumps([{**hostile, "when": 1e300, "class": "\x07"}])))
+    assert len(said.out.splitlines()) == 2
+    assert all(line.isprintable() for line in said.out.splitlines())
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["history a b", "history -n", "history -n x", "history -n 0", "history -n -1", "history -x",
+     "history -n 1001", "history -n 1e3", "history -n --json"],
+)  # fmt: skip
+def test_a_history_takes_a_name_and_a_number(ctl: Terminal, line: str) -> None:
+    said = ctl.type(line)
+    assert said.status == 2
+    assert "history -n <number>" in said.out
+
+
+# --- all models, and a listener that is busy or away -------------------------------------------
+
+
+def test_all_stands_for_every_model_there_is(ctl: Terminal) -> None:
+    script = by_method(
+        models=published(row(name="a"), row(name="b")), enable=[answer("e-1"), answer("e-2")],
+        result=[result(True, "a: enabled"), result(True, "b: enabled")],
+    )  # fmt: skip
+    assert ctl.ask("enable all", script) == Said(0, "a: enabled\nb: enabled\n", "")
+
+
+def test_all_of_no_models_is_a_failure(ctl: Terminal) -> None:
+    assert ctl.ask("disable all", by_method(models=published())).status == 1
+    said = ctl.ask("disable all", by_method(models=answer("")))
+    assert (said.status, "has not reported" in said.out) == (1, True)
+
+
+@pytest.mark.parametrize(("age_seconds", "why"), [(1.0, "comes first"), (42.0, "does not answer")])
+def test_a_command_that_waits_is_told_from_a_listener_that_is_away(
+    ctl: Terminal, monkeypatch: pytest.MonkeyPatch, age_seconds: float, why: str
+) -> None:
+    monkeypatch.setattr(ctl_commands, "_ANSWER_SECONDS", 0.1)
+    script = by_method(
+        enable=[answer("e-1"), answer("e-2")], result=answer(""),
+        models=published(age_seconds=age_seconds),
+    )  # fmt: skip
+    said = ctl.ask("enable a b", script)
+    assert said.status == 1
+    assert [line.split(":")[0] for line in said.out.splitlines()] == ["a", "b"]
+    assert said.out.count(why) == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [("enable a", "it goes on"), ("swap a b", "it goes on"), ("rollback a", "it goes on"),
+     ("discover", "`status discover`"), ("models", ""), ("history", "")],
+)  # fmt: skip
+def test_ctrl_c_ends_a_command_with_a_failure_and_no_traceback(
+    ctl: Terminal, line: str, said: str
+) -> None:
+    def press(connection: socket.socket, request: bytes) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        connection.recv(1)
+
+    done = ctl.ask(line, press)
+    assert done.status == 1
+    assert said in done.out
+    assert len(done.out.splitlines()) == (1 if said else 0)
+
+
+# --- the Tab key ---------------------------------------------------------------------------------
+
+
+def matches(ctl: Terminal, line: str, script: Script | None = None) -> list[str]:
+    """What Tab offers at the end of the line."""
+    text = "" if line.endswith(" ") or not line else line.split()[-1]
+    with contextlib.ExitStack() as stack:
+        if script is not None:
+            stack.enter_context(scripted.on_unix_socket(ctl.socket, script))
+            stack.callback(ctl.socket.unlink)
+        complete = ctl.controller().complete
+        found = []
+        while (match := complete(text, len(found), line)) is not None:
+            found.append(match)
+            assert len(found) < 100
+        return found
+
+
+ABC = published(row(name="a1"), row(name="a2"), row(name="b"))
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [("enable ", ["a1", "a2", "b", "all"]), ("enable a", ["a1", "a2", "all"]),
+     ("enable a1 ", ["a2", "b", "all"]), ("disable a1 b ", ["a2", "all"]), ("drain al", ["all"]),
+     ("swap ", ["a1", "a2", "b"]), ("swap a1 ", ["a2", "b"]), ("swap a1 a", ["a2"]),
+     ("swap a1 b ", []), ("rollback b", ["b"]), ("rollback b ", []),
+     ("models --", ["--json"]), ("models --json ", ["a1", "a2", "b"]), ("devices ", ["--json"]),
+     ("history ", ["a1", "a2", "b", "-n", "--json"]), ("history -n 5 b", ["b"]),
+     ("history b ", ["-n", "--json"]), ("discover ", []), ("enable x", []), ("enable \u00e9", [])],
+)  # fmt: skip
+def test_tab_offers_what_may_stand_there(ctl: Terminal, line: str, offered: list[str]) -> None:
+    assert matches(ctl, line, ABC) == [f"{word} " for word in offered]
+
+
+@pytest.mark.parametrize("line", ["", "st", "help ", "stop ", "nonsense ", "start a", "help mod"])
+def test_what_is_not_ours_is_completed_as_without_us(ctl: Terminal, line: str) -> None:
+    text = "" if line.endswith(" ") or not line else line.split()[-1]
+    controller = ctl.controller()
+    controller._complete_info = [{"name": "abc", "group": "abc"}, {"name": "x", "group": "g"}]
+    for state in range(30):
+        own = Controller.complete(controller, text, state, line)
+        assert controller.complete(text, state, line) == own
+
+
+@pytest.mark.parametrize("script", [None, scripted.http(401), scripted.raw(b"x"), answer("x"),
+                                    answer(""), fault(1, "UNKNOWN_METHOD")])  # fmt: skip
+def test_where_no_names_are_to_be_had_tab_says_nothing(
+    ctl: Terminal, script: Script | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert matches(ctl, "enable ", script) == ["all "]
+    assert capsys.readouterr() == ("", "")
+
+
+def test_one_press_of_tab_asks_once(ctl: Terminal) -> None:
+    script = by_method(models=ABC)
+    assert len(matches(ctl, "enable ", script)) == 4
+    assert len(script.asked) == 1  # type: ignore[attr-defined]

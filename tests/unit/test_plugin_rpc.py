@@ -29,6 +29,8 @@ from supervisor_synapse.core.model import ProcessState, Snapshot
 from supervisor_synapse.plugin import rpc as plugin
 from tests.unit.builders import row
 
+pytestmark = pytest.mark.usefixtures("supervisor_as_it_was")
+
 LAUNCHED = "/v/bin/synapse-run --drain 30 --term 2 -- /v/bin/llama-server --port 8100"
 
 
@@ -315,7 +317,7 @@ def test_a_rollback_reaches_the_listener_with_its_generation(generation: int, ot
     assert heard(namespace) == [("rollback", "a", other)]
 
 
-@pytest.mark.parametrize("generation", [-1, "1", "", 1.0, True, None, [1], {}])
+@pytest.mark.parametrize("generation", [-1, 2**31, "1", "", 1.0, True, None, [1], {}])
 def test_what_is_no_generation_is_refused_at_once(generation: object) -> None:
     namespace = plugged(Host(a=Process()))
     assert code(namespace, "rollback", "a", generation) == Faults.INCORRECT_PARAMETERS
@@ -349,7 +351,8 @@ def test_each_command_wakes_the_listener() -> None:
         (("a", ["b"]), Faults.BAD_NAME), (({}, "a"), Faults.BAD_NAME),
         (("a", ""), Faults.BAD_NAME), (("a", "all"), Faults.BAD_NAME),
         (("a", "b:*"), Faults.BAD_NAME),
-        (("a",), Faults.INCORRECT_PARAMETERS), (("a", "b", "c"), Faults.INCORRECT_PARAMETERS),
+        (("a",), Faults.INCORRECT_PARAMETERS),
+        (("a", "b", "key", "x"), Faults.INCORRECT_PARAMETERS),
     ],
     ids=repr,
 )  # fmt: skip
@@ -371,10 +374,48 @@ def test_no_name_from_outside_breaks_a_command(name: object) -> None:
 
 
 def test_where_too_many_commands_wait_the_next_is_refused() -> None:
-    namespace = plugged(Host(a=Process(), b=Process()))
-    faults = [code(namespace, "swap", "a", "b") for _ in range(300)]
+    names = [f"m{number}" for number in range(300)]
+    namespace = plugged(Host(**{name: Process() for name in names}))
+    faults = [code(namespace, "enable", name) for name in names]
     assert faults[0] is None
     assert faults[-1] == Faults.FAILED
+
+
+def test_asked_again_with_its_key_a_command_is_the_same() -> None:
+    namespace = plugged(Host(a=Process(), b=Process()))
+    first = call(namespace, "rollback", "a", 0, "k")
+    call(namespace, "answer", first, True, "done")
+    assert call(namespace, "rollback", "a", 0, "k") == first
+    assert code(namespace, "rollback", "a", 1, "k") == Faults.INCORRECT_PARAMETERS
+    assert code(namespace, "enable", "a", "k") == Faults.INCORRECT_PARAMETERS
+    assert heard(namespace) == []
+
+
+@pytest.mark.parametrize("key", [None, 1, 1.5, True, [], {}, "\u00e9", "a\n", "\0", "x" * 65])
+def test_what_is_no_key_is_refused(key: object) -> None:
+    namespace = plugged(Host(a=Process(), b=Process()))
+    for arguments in (("enable", "a"), ("disable", "a"), ("drain", "a"), ("swap", "a", "b"),
+                      ("rollback", "a", 0)):  # fmt: skip
+        assert code(namespace, *arguments, key) == Faults.INCORRECT_PARAMETERS
+    assert heard(namespace) == []
+
+
+@pytest.mark.parametrize("mood", [SupervisorStates.SHUTDOWN, SupervisorStates.RESTARTING])
+def test_while_supervisord_ends_it_takes_no_commands(mood: int) -> None:
+    """Nobody would carry them out; what is known can still be asked for."""
+    host = Host(a=Process())
+    namespace = plugged(host)
+    host.options.mood = mood
+    assert code(namespace, "enable", "a") == Faults.SHUTDOWN_STATE
+    assert code(namespace, "models") is None
+
+
+def test_the_history_in_one_answer_is_bounded() -> None:
+    """supervisord has one thread."""
+    namespace = plugged()
+    lines = [{**LINE, "model": f"m{number}"} for number in range(900) for _ in range(3)]
+    call(namespace, "record", json.dumps(lines), True)
+    assert len(json.loads(call(namespace, "history", "", 2**31 - 1))) == 1000
 
 
 @pytest.mark.parametrize("command", ["", "x", "e-1", 1, None, []])
@@ -503,7 +544,7 @@ def test_it_loads_nothing_heavy_into_supervisord() -> None:
     """supervisord pays for each module in memory, for as long as it lives."""
     code = "import sys, supervisor_synapse.plugin.rpc; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert not {"pydantic", "rich", "requests", "jinja2", "gguf", "numpy", "huggingface_hub"} & set(
+    assert not {"pydantic", "rich", "requests", "gguf", "numpy", "huggingface_hub"} & set(
         done.stdout.split()
     )
 

@@ -9,6 +9,7 @@ import pty
 import re
 import shlex
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +18,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from supervisor_synapse import report
-from supervisor_synapse.core.model import Device, Failure, FailureClass, Phase, Role, Row, Tier
+from supervisor_synapse.adapters.history import Line
+from supervisor_synapse.core.model import (
+    Device,
+    DeviceRow,
+    Failure,
+    FailureClass,
+    Holding,
+    Phase,
+    Role,
+    Row,
+    Tier,
+)
 from tests.unit.builders import GIB, MIB, gpu, program, row, taking
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
@@ -231,9 +243,13 @@ def test_what_up_ends_with_says_where_the_models_answer() -> None:
 
 
 def test_what_up_ends_with_is_what_the_readme_shows() -> None:
-    name, said = "qwen2.5-1.5b-instruct-q4_k_m", "answered 1.1 s after its start"
-    with terminal(80):
-        text = _COLOUR.sub("", report.ready_table([row(name=name, reason=said)]))
+    demo = row(name="demo-f16", reason="answered 0.6 s after its start")
+    gemma = row(
+        name="gemma-3-270m-q4_k_m", port=8101, url="http://127.0.0.1:8101",
+        reason="answered 2.1 s after its start",
+    )  # fmt: skip
+    with terminal(120):
+        text = _COLOUR.sub("", report.ready_table([demo, gemma]))
     readme = Path(__file__).resolve().parents[2].joinpath("README.md").read_text()
     assert "\n".join(line.rstrip() for line in text.split("\n")) in readme
 
@@ -413,3 +429,128 @@ def test_a_diff_is_coloured_on_a_terminal_only() -> None:
     assert _COLOUR.sub("", coloured) == plain
     with terminal(NO_COLOR="1"):
         assert report.block_diff("tiny", BLOCK, after) == plain
+
+
+# --- bars of memory ------------------------------------------------------------------------------
+
+
+def card(*models: Holding, **changes: object) -> DeviceRow:
+    values: dict[str, object] = {
+        "name": "CUDA0", "description": "NVIDIA H100", "total_bytes": 80 * GIB,
+        "free_bytes": 30 * GIB, "reserve_bytes": GIB, "room_bytes": 27 * GIB,
+        "others_bytes": 10 * GIB,
+    }  # fmt: skip
+    return DeviceRow(**(values | changes | {"models": models}))  # type: ignore[arg-type]
+
+
+BUSY = card(Holding("qwen2.5-14b-instruct-q4_k_m", 38 * GIB, 40 * GIB), Holding("b", 0, 2 * GIB))
+
+
+def test_a_device_has_a_bar_numbers_and_a_line_for_each_who_has_of_it() -> None:
+    bar, description, *legend = report.memory_bars([BUSY]).split("\n")
+    found = re.fullmatch(r"CUDA0  \[(#+)(=+)(x+)(\.+)(\|)\]  80\.0 GiB, 27\.0 GiB left", bar)
+    assert found is not None
+    assert sum(map(len, found.groups())) == 72
+    assert len(found[1]) == round(72 * 38 / 80)
+    assert description == "    NVIDIA H100"
+    assert [re.split(r"\s{2,}", line.strip()) for line in legend] == [
+        ["#=", "qwen2.5-14b-instruct-q4_k_m", "38.0 GiB, 2048 MiB to come"],
+        ["=", "b", "2048 MiB to come"], ["x", "others", "10.0 GiB"],
+        [".", "free", "27.0 GiB"], ["|", "reserve", "1024 MiB"],
+    ]  # fmt: skip
+
+
+def test_a_device_whose_reader_does_not_answer_shows_why() -> None:
+    silent = card(free_bytes=None, room_bytes=None, others_bytes=None, problem="no driver")
+    lines = report.memory_bars([silent]).split("\n")
+    assert re.fullmatch(r"CUDA0  \[\?+\|\]  80\.0 GiB, left: not known", lines[0])
+    assert "    does not answer: no driver" in lines
+
+
+def test_bars_of_several_devices_begin_below_each_other() -> None:
+    text = report.memory_bars([card(name="CPU"), card(name="Vulkan10")])
+    starts = {line.index("[") for line in text.split("\n") if "[" in line}
+    assert len(starts) == 1
+
+
+@pytest.mark.parametrize("columns", [40, 60, 80, 132, 300])
+def test_a_bar_fits_the_terminal(columns: int) -> None:
+    with terminal(columns):
+        lines = _COLOUR.sub("", report.memory_bars([BUSY, card(problem="no " * 50)])).split("\n")
+    assert max(map(len, lines)) <= max(columns, 64)  # the longest name needs as much
+    bars = [line for line in lines if "[" in line]
+    assert len(bars) == 2
+    assert all(15 < len(bar) <= columns for bar in bars)
+
+
+def test_neighbours_in_a_bar_have_colours_of_their_own() -> None:
+    with terminal():
+        bar = report.memory_bars([card(Holding("a", GIB, GIB), Holding("b", GIB, GIB))])
+    assert re.search(r"\x1b\[32m#+\x1b\[0m\x1b\[36m#+\x1b\[0m\x1b\[35mx+", bar)
+
+
+@pytest.mark.parametrize("environment", [{"NO_COLOR": "1"}, {"TERM": "dumb"}])
+def test_who_wants_no_colour_gets_no_escape_at_all(environment: dict[str, str]) -> None:
+    with terminal(100, **environment):
+        texts = [report.memory_bars([BUSY]), report.models_table([row()]),
+                 report.history_table([CHANGE])]  # fmt: skip
+    assert all("\x1b" not in text for text in texts)
+
+
+def test_a_dumb_terminal_is_as_wide_as_it_is() -> None:
+    with terminal(200, TERM="dumb"):
+        text = report.models_table([row(reason="word " * 20)])
+    assert len(text.split("\n")) == 2
+    assert text.count("word") == 20
+
+
+@pytest.mark.parametrize("field", ["name", "description", "problem"])
+def test_no_text_of_a_device_steers_a_terminal(field: str) -> None:
+    text = report.memory_bars([card(Holding(HOSTILE, GIB, GIB), **{field: HOSTILE})])
+    assert all(line.isprintable() for line in text.split("\n"))
+
+
+# --- the history ---------------------------------------------------------------------------------
+
+CHANGE = Line(
+    1_800_000_000.0, "tiny", "loading", "failed", "bad-argument", failure_class="bad-argument",
+    evidence="error: --fast",
+)  # fmt: skip
+
+
+def test_a_transition_tells_when_from_where_to_where_and_why() -> None:
+    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(CHANGE.at))
+    assert cells(report.history_table([CHANGE])) == {
+        "WHEN": when, "MODEL": "tiny", "CHANGE": "loading -> failed", "CLASS": "bad-argument",
+        "WHY": "bad-argument: error: --fast",
+    }  # fmt: skip
+
+
+def test_evidence_that_the_reason_holds_already_is_not_said_twice() -> None:
+    line = Line(1.0, "tiny", None, "failed", "x: error: --fast", evidence="error: --fast")
+    text = report.history_table([line])
+    assert text.count("error: --fast") == 1
+    assert "- -> failed" in text
+
+
+def test_the_class_is_not_said_twice() -> None:
+    line = Line(1.0, "tiny", None, "failed", "crashed: signal 9", failure_class="crashed")
+    assert cells(report.history_table([line]))["WHY"] == "signal 9"
+
+
+@pytest.mark.parametrize("at", [1e300, -1e300, float("nan"), float("inf")])
+def test_a_time_that_is_none_is_a_dash(at: float) -> None:
+    assert report.history_table([Line(at, "tiny", None, "a", "b")]).split("\n")[1][0] == "-"
+
+
+def test_no_text_of_the_history_steers_a_terminal() -> None:
+    line = Line(1.0, HOSTILE, HOSTILE, HOSTILE, HOSTILE, None, None, HOSTILE, HOSTILE)
+    lines = report.history_table([line]).split("\n")
+    assert len(lines) == 2
+    assert all(line.isprintable() for line in lines)
+
+
+def test_without_a_terminal_each_row_is_one_line() -> None:
+    """For whoever filters lines."""
+    text = report.models_table([row(reason="word " * 200)])
+    assert len(text.split("\n")) == 2

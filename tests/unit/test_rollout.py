@@ -297,6 +297,16 @@ def test_of_several_one_is_out_at_a_time() -> None:
     assert at.serving() == {"a": "g1", "b": "g1", "c": "g1"}
 
 
+def test_one_that_is_out_and_updated_by_hand_meanwhile_is_still_waited_for() -> None:
+    at = World("a", "b")
+    at.discover(a="g1", b="g1")
+    at.tick()
+    assert at.done(Stop) == ["a"]
+    at.update("a", "g0")
+    at.settle()  # a second model that is taken out meanwhile fails it
+    assert at.serving() == {"a": "g0", "b": "g1"}
+
+
 def test_those_that_do_not_serve_wait_for_nobody() -> None:
     at = World("a", "b", "c")
     for name in ("b", "c"):

@@ -209,7 +209,7 @@ def test_the_systemd_unit_drains_and_comes_back() -> None:
     assert cli._parser().parse_args(service["ExecStart"].split()[1:]).run is cli._up
     assert service["KillMode"] == "mixed"  # TERM to the main process alone
     assert int(service["TimeoutStopSec"]) > _longest_stop_seconds()
-    assert service["Restart"] == "always"
+    assert service["Restart"] == "on-failure"
 
 
 def test_the_launchd_agent_drains_and_comes_back() -> None:
