@@ -25,7 +25,7 @@ from supervisor_synapse.plugin.mailbox import Answer, Full, KeyTaken
 
 # The first number changes when something that callers rely on does; the second when something is
 # added. docs/xml-rpc.md describes it.
-API_VERSION = "1.4"
+API_VERSION = "1.5"
 
 _LARGEST_SNAPSHOT_CHARACTERS = 8 * 1024 * 1024
 _LONGEST_MESSAGE = 1000
