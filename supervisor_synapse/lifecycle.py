@@ -185,10 +185,14 @@ def _require_good_end(supervisor: psutil.Process | None) -> None:
     """
     if supervisor is None:
         return
-    try:
-        _, status = os.waitpid(supervisor.pid, os.WNOHANG)
-    except ChildProcessError:
-        return
+    deadline = time.monotonic() + _KILLED_SECONDS
+    pid = status = 0
+    while not pid and time.monotonic() < deadline:  # it has ended, but may have yet to be told
+        try:
+            pid, status = os.waitpid(supervisor.pid, os.WNOHANG)
+        except ChildProcessError:
+            return
+        time.sleep(0 if pid else _POLL_SECONDS)
     code = os.waitstatus_to_exitcode(status)
     if code:
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit status {code}"

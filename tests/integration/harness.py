@@ -51,7 +51,7 @@ _POLL_SECONDS = 0.05
 _PATIENCE = float(os.environ.get("SYNAPSE_PATIENCE", "2"))
 _COMMAND_SECONDS = 60.0
 _READY_SECONDS = 60.0
-_FOREIGN = ("SYNAPSE_", "HF_", "HUGGINGFACE_", "LLAMA_", "XDG_")
+_FOREIGN = ("SYNAPSE_", "HF_", "HUGGINGFACE_", "LLAMA_", "XDG_", "COLUMNS", "LINES")
 # Loopback only, whatever the environment says of proxies.
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 

@@ -6,6 +6,8 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -41,11 +43,17 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return venv
 
 
+@pytest.fixture
+def prefix(tmp_path: Path) -> Iterator[Path]:
+    """Short, as a socket's path must be; other folders of tests may be too long."""
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="syn") as folder:
+        yield Path(folder) / "p"
+
+
 @pytest.mark.timeout(_INSTALL_SECONDS + 60)
 def test_an_installed_package_lays_down_a_deployment_without_its_checkout(
-    environment: Path, tmp_path: Path
+    environment: Path, tmp_path: Path, prefix: Path
 ) -> None:
-    prefix = tmp_path / "p"
     done = _run(environment / "bin" / "synapse", "--prefix", prefix, "init", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     main = (prefix / "etc" / "supervisord.conf").read_text()
@@ -61,8 +69,9 @@ def test_every_template_is_in_the_installed_package(environment: Path) -> None:
     assert {path.name for path in inside.iterdir()} == shipped
 
 
-def test_without_an_engine_it_says_how_to_get_one(environment: Path, tmp_path: Path) -> None:
-    prefix = tmp_path / "p"
+def test_without_an_engine_it_says_how_to_get_one(
+    environment: Path, tmp_path: Path, prefix: Path
+) -> None:
     synapse = environment / "bin" / "synapse"
     assert _run(synapse, "--prefix", prefix, "init", cwd=tmp_path).returncode == 0
     done = _run("env", "PATH=/nowhere", synapse, "--prefix", prefix, "plan", cwd=tmp_path)

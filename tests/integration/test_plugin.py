@@ -171,7 +171,9 @@ def test_models_shows_what_was_published_with_the_state_of_now(stage: Stage) -> 
     assert psutil.pid_exists(running.pid)
     assert (second["name"], second["pid"]) == ("gone", 7)
     stage.rpc.stop("m0")
-    assert stage.at.ctl("models", "m0", "--json").json()[0]["state"] == "STOPPING"
+    snapshot = stage.rpc.snapshot()  # supervisorctl would take as long to begin as the stop lasts
+    assert snapshot is not None
+    assert snapshot.models[0].state is ProcessState.STOPPING
     stage.wait_for("m0", ProcessState.STOPPED)
 
 

@@ -428,7 +428,8 @@ def _end(victims: list[psutil.Process], *, frozen: bool) -> None:
             process.suspend()
         wait_until(lambda: all(map(_stands, victims)), 5, "frozen")
     for process in victims:
-        process.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):  # it went with the one before
+            process.kill()
 
 
 def _stands(process: psutil.Process) -> bool:

@@ -224,7 +224,9 @@ def test_who_has_the_memory_is_named_beside_the_bar(stage: Stage) -> None:
     assert 0 < device["others"] < device["total"]
     assert 0 < device["room"] < device["free"]
     text = stage.at.ctl("devices").out
-    assert re.search(rf"#=? +one +{model['held'] // 2**20} MiB", text)
+    shown = re.search(r"#=? +one +(\d+) MiB", text)
+    assert shown is not None
+    assert abs(int(shown[1]) - model["held"] // 2**20) <= 10  # it lives on between the two looks
     assert re.search(r"x +others +\d+", text)
     assert re.search(r"\| +reserve +64 MiB", text)
 
