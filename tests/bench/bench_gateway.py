@@ -56,6 +56,7 @@ _SETTINGS = """model_dirs = {folder}
 enable = all
 memory_reserve = {reserve}
 when_full = wait
+trial_seconds = 1
 [model:*]
 context = 2048
 parallel = 4
