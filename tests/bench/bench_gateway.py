@@ -60,7 +60,7 @@ trial_seconds = 1
 [model:*]
 context = 2048
 parallel = 4
-args = --cache-ram 1024
+args = --cache-ram 4096
 [gateway]
 enabled = true
 bind = 127.0.0.1:{port}
@@ -172,7 +172,7 @@ def _router(folder: Path, most: int) -> Iterator[tuple[int, psutil.Process]]:
     command = [
         engine.path, "--models-dir", folder, "--models-max", str(most), "--host", "127.0.0.1",
         "--port", str(port), "--ctx-size", str(_CONTEXT), "--parallel", str(_PARALLEL),
-        "--kv-unified", "--cache-ram", "1024",
+        "--kv-unified", "--cache-ram", "4096",
     ]  # fmt: skip
     with subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
