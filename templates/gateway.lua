@@ -18,6 +18,7 @@ local SUPERVISORD = os.getenv("SYNAPSE_SUPERVISORD")
 local LOOK_MS = 50
 local FIRST_LOOK_MS = 10 -- of the one who asks the server for all who wait for it
 local PROBE_SECONDS = 1
+local GONE_SECONDS = 0.2 -- who has not looked for so long asks no more
 local ASK_SECONDS = 1
 local LONGEST_WORD = 300
 
@@ -26,6 +27,11 @@ local models = Map.new(os.getenv("SYNAPSE_MODELS"), Map._str)
 local waiting = {} -- each caller that is held -> when it last looked; one that went away looks no more
 local first = {} -- program -> the caller who asks its server
 local asked = {} -- program -> when supervisord was last asked for it, so that callers share one
+
+local function clock()
+  local now = core.now()
+  return now.sec + now.usec / 1e6
+end
 
 local function quoted(text)
   local safe = text:sub(1, LONGEST_WORD):gsub("[^%w%._:/@+,; -]", "?")
@@ -63,11 +69,12 @@ local function is_up(program)
   return (stats["status"] or ""):sub(1, 2) == "UP" and found ~= "INI"
 end
 
--- Whether a caller is the one who asks the server; another takes over when that one has gone.
+-- Whether a caller is the one who asks the server; another takes over when that one has gone, or
+-- waits for an answer that does not come.
 local function is_first(program, caller)
   local other = first[program]
   local looked_at = other and waiting[other]
-  if other ~= caller and looked_at and core.now().sec - looked_at <= PROBE_SECONDS + 1 then
+  if other ~= caller and looked_at and clock() - looked_at <= GONE_SECONDS then
     return false
   end
   first[program] = caller
@@ -129,7 +136,7 @@ local function hold(word, caller)
   local deadline = core.now().sec + HOLD_SECONDS
   local refusals = 0
   while core.now().sec < deadline do
-    waiting[caller] = core.now().sec
+    waiting[caller] = clock()
     local program = resolve(word)
     if not program then
       return nil, "it is there no more"
@@ -154,7 +161,7 @@ local function hold(word, caller)
 end
 
 local function count_waiting()
-  local now, count = core.now().sec, 0
+  local now, count = clock(), 0
   for caller, looked_at in pairs(waiting) do
     if now - looked_at > 2 then
       waiting[caller] = nil
