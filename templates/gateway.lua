@@ -19,6 +19,7 @@ local LOOK_MS = 50
 local FIRST_LOOK_MS = 10 -- of the one who asks the server for all who wait for it
 local PROBE_SECONDS = 1
 local GONE_SECONDS = 0.2 -- who has not looked for so long asks no more
+local REFUSAL_SECONDS = 0.5 -- so long a refusal must stand: a restart by hand is a stop and a start
 local ASK_SECONDS = 1
 local LONGEST_WORD = 300
 
@@ -134,7 +135,7 @@ end
 -- may change meanwhile. HAProxy ends this when the caller goes away, and nobody asks any more.
 local function hold(word, caller)
   local deadline = core.now().sec + HOLD_SECONDS
-  local refusals = 0
+  local refused_at
   while core.now().sec < deadline do
     waiting[caller] = clock()
     local program = resolve(word)
@@ -146,12 +147,9 @@ local function hold(word, caller)
       return program
     end
     local verdict, reason = (models:lookup(program) or "hold"):match("^(%S+) ?(.*)$")
-    if verdict == "refuse" then
-      -- Once more: the two maps are not replaced in the same instant.
-      refusals = refusals + 1
-      if refusals > 2 then
-        return nil, reason
-      end
+    refused_at = verdict == "refuse" and (refused_at or clock()) or nil
+    if refused_at and clock() - refused_at >= REFUSAL_SECONDS then
+      return nil, reason
     elseif verdict == "demand" then
       ask_for(program)
     end

@@ -45,11 +45,11 @@ from tests.real_model import servable
 
 _NAMES = ("one", "two")
 _CONTEXT, _PARALLEL = 2048, 4
-_MOST_REQUESTS, _OVERHEAD_SECONDS = 600, 12.0
-_CLIENTS, _LOAD_SECONDS, _LOAD_ROUNDS = 16, 2.0, 3
+_MOST_REQUESTS, _OVERHEAD_SECONDS = 600, 10.0
+_CLIENTS, _LOAD_SECONDS, _LOAD_ROUNDS = 16, 1.5, 3
 _ROUNDS = 5
-_IDLE_STOP_SECONDS = 3
-_SPACING_SECONDS = 1.2  # see above
+_IDLE_STOP_SECONDS = 4
+_SPACING_SECONDS = 1.1  # see above
 _ANSWER_SECONDS = 60.0
 _MIB = 1024 * 1024
 _SETTINGS = """model_dirs = {folder}
@@ -341,31 +341,33 @@ def _share(process: psutil.Process) -> int:
 
 def _on_demand(folder: Path, goal: float | None) -> list[Figure]:
     with _ours(folder, together=False) as (deployment, port), _router(folder, 1) as (by, _):
-        ours, theirs = _swaps(port), _swaps(by)
-        found = [("swap", ours, theirs, None)]
-        ours, theirs = _cold(deployment, port, by)
-        found.append(("cold", ours, theirs, goal))
-    figures = []
-    for what, gateway, router, most in found:
-        figures += [
-            Figure(f"{what}, gateway", gateway, "s"), Figure(f"{what}, router", router, "s"),
-            Figure(f"{what}, gateway / router", gateway / router, "x", most),
-        ]  # fmt: skip
-    return figures
+        swapped = _swaps(port, by)
+        cold = _cold(deployment, port, by)
+    return [*_beside("swap", *swapped, None), *_beside("cold", *cold, goal)]
 
 
-def _swaps(port: int) -> float:
-    """Median seconds to the first byte, each time of the model that does not run."""
-    took = []
-    _first_byte_seconds(_Target(port, _NAMES[0]))
+def _beside(what: str, ours: float, theirs: float, most: float | None) -> Iterable[Figure]:
+    yield Figure(f"{what}, gateway", ours, "s")
+    yield Figure(f"{what}, router", theirs, "s")
+    yield Figure(f"{what}, gateway / router", ours / theirs, "x", most)
+
+
+def _swaps(port: int, by: int) -> tuple[float, float]:
+    """Medians of the gateway's and the router's seconds to the first byte of an answer of the model
+    that does not run, asked in turn.
+    """
+    took: dict[int, list[float]] = {port: [], by: []}
+    for each in took:
+        _first_byte_seconds(_Target(each, _NAMES[0]))
     for number in range(1, _ROUNDS + 1):
-        time.sleep(_SPACING_SECONDS)
-        took.append(_first_byte_seconds(_Target(port, _NAMES[number % 2])))
-    return statistics.median(took)
+        for each, times in took.items():
+            time.sleep(_SPACING_SECONDS)
+            times.append(_first_byte_seconds(_Target(each, _NAMES[number % 2])))
+    return statistics.median(took[port]), statistics.median(took[by])
 
 
 def _cold(deployment: Deployment, port: int, by: int) -> tuple[float, float]:
-    """Medians of the gateway's and the router's seconds to the first byte, asked in turn."""
+    """The same of models that nobody has used for a while, with room for them."""
     ours, theirs = [], []
     for number in range(_ROUNDS):
         name = _NAMES[number % 2]
