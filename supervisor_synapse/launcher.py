@@ -817,8 +817,9 @@ class Gateway:
         self._ask(f"set server {self._model}/model state drain")
 
     def admit(self) -> None:
-        """It takes requests as soon as it answers."""
-        self._ask(f"set server {self._model}/model state ready")
+        """It takes requests as soon as it answers; how the run before it was found is forgotten."""
+        server = f"set server {self._model}/model"
+        self._ask(f"{server} health down; {server} state ready")
 
     def requests(self) -> int:
         """How many it has passed on to the model that are still under way."""
@@ -1394,9 +1395,9 @@ def _launch(command: Command, address: Address | None) -> int:
         if os.getppid() == launcher:  # else it died before the line above
             _execute(command)
 
-    pid = signals.spawn(become)
     gateway = Gateway(gateway_of(command.ledger), model_of(command.record), signals.fd)
     gateway.admit()
+    pid = signals.spawn(become)
     window = Window(command.server, address, signals.fd, gateway)
     status = Launcher(pid, parent, command.policy, window, family, signals, gateway).run()
     if command.record and status != EXIT_OS_ERROR:

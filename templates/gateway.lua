@@ -10,18 +10,29 @@
 --              refuse REASON      it does not come by itself
 --            *list -> the body of /v1/models; *names -> the names as a JSON list
 -- Whether a server is up is HAProxy's own finding, so that a listener that is down costs nothing.
+-- While somebody is held, the server is asked more often than HAProxy would, by one of those held.
 
 local HOLD_SECONDS = tonumber(os.getenv("SYNAPSE_HOLD_SECONDS"))
 local MOST_HELD = tonumber(os.getenv("SYNAPSE_MOST_HELD"))
 local SUPERVISORD = os.getenv("SYNAPSE_SUPERVISORD")
 local LOOK_MS = 50
+local FIRST_LOOK_MS = 10 -- of the one who asks the server for all who wait for it
+local PROBE_SECONDS = 1
+local GONE_SECONDS = 0.2 -- who has not looked for so long asks no more
+local REFUSAL_SECONDS = 0.5 -- so long a refusal must stand: a restart by hand is a stop and a start
 local ASK_SECONDS = 1
 local LONGEST_WORD = 300
 
 local routes = Map.new(os.getenv("SYNAPSE_ROUTES"), Map._str)
 local models = Map.new(os.getenv("SYNAPSE_MODELS"), Map._str)
 local waiting = {} -- each caller that is held -> when it last looked; one that went away looks no more
+local first = {} -- program -> the caller who asks its server
 local asked = {} -- program -> when supervisord was last asked for it, so that callers share one
+
+local function clock()
+  local now = core.now()
+  return now.sec + now.usec / 1e6
+end
 
 local function quoted(text)
   local safe = text:sub(1, LONGEST_WORD):gsub("[^%w%._:/@+,; -]", "?")
@@ -42,16 +53,58 @@ local function fail(txn, status, kind, code, message, more)
   txn:done(reply)
 end
 
-local function is_up(program)
+local function server_of(program)
   local backend = core.backends[program]
-  local server = backend and backend.servers["model"]
+  return backend and backend.servers["model"]
+end
+
+local function is_up(program)
+  local server = server_of(program)
   if not server then
     return false
   end
   local stats = server:get_stats()
-  local status = stats["status"] or ""
-  -- Before the first look HAProxy calls a server UP.
-  return status:sub(1, 2) == "UP" and (stats["check_status"] or ""):sub(1, 2) == "L7"
+  -- Before the first look HAProxy calls a server UP; while it looks, "* " stands before what the
+  -- last one found.
+  local found = (stats["check_status"] or "INI"):gsub("^%* ", "")
+  return (stats["status"] or ""):sub(1, 2) == "UP" and found ~= "INI"
+end
+
+-- Whether a caller is the one who asks the server; another takes over when that one has gone, or
+-- waits for an answer that does not come.
+local function is_first(program, caller)
+  local other = first[program]
+  local looked_at = other and waiting[other]
+  if other ~= caller and looked_at and clock() - looked_at <= GONE_SECONDS then
+    return false
+  end
+  first[program] = caller
+  return true
+end
+
+local function answers(server)
+  local socket = core.tcp()
+  socket:settimeout(PROBE_SECONDS)
+  local line
+  if socket:connect(server:get_addr()) then
+    socket:send("GET /health HTTP/1.0\r\nHost: localhost\r\n\r\n")
+    line = socket:receive("*l")
+  end
+  socket:close()
+  return line ~= nil and line:match("^HTTP/1%.%d 200") ~= nil
+end
+
+-- Sooner than HAProxy's next look: whether a server that is not drained answers by now.
+local function has_come_up(program)
+  local server = server_of(program)
+  if not server or (server:get_stats()["status"] or ""):match("^%u+") == "DRAIN" then
+    return false
+  end
+  if not answers(server) then
+    return false
+  end
+  server:check_force_up()
+  return (server:get_stats()["status"] or ""):sub(1, 2) == "UP"
 end
 
 local function ask_for(program)
@@ -82,33 +135,31 @@ end
 -- may change meanwhile. HAProxy ends this when the caller goes away, and nobody asks any more.
 local function hold(word, caller)
   local deadline = core.now().sec + HOLD_SECONDS
-  local refusals = 0
+  local refused_at
   while core.now().sec < deadline do
-    waiting[caller] = core.now().sec
+    waiting[caller] = clock()
     local program = resolve(word)
     if not program then
       return nil, "it is there no more"
     end
-    if is_up(program) then
+    local asks = is_first(program, caller)
+    if is_up(program) or (asks and has_come_up(program)) then
       return program
     end
     local verdict, reason = (models:lookup(program) or "hold"):match("^(%S+) ?(.*)$")
-    if verdict == "refuse" then
-      -- Once more: the two maps are not replaced in the same instant.
-      refusals = refusals + 1
-      if refusals > 2 then
-        return nil, reason
-      end
+    refused_at = verdict == "refuse" and (refused_at or clock()) or nil
+    if refused_at and clock() - refused_at >= REFUSAL_SECONDS then
+      return nil, reason
     elseif verdict == "demand" then
       ask_for(program)
     end
-    core.msleep(LOOK_MS)
+    core.msleep(asks and FIRST_LOOK_MS or LOOK_MS)
   end
   return nil, "it was not ready within " .. HOLD_SECONDS .. " s"
 end
 
 local function count_waiting()
-  local now, count = core.now().sec, 0
+  local now, count = clock(), 0
   for caller, looked_at in pairs(waiting) do
     if now - looked_at > 2 then
       waiting[caller] = nil

@@ -262,6 +262,7 @@ def _ready(state: ModelState, seen: Seen, now: Now, policy: Policy) -> ModelStat
         state, ready_seconds=seconds, was_ready=True, ready_at=ready_at, condemned=None,
         is_out=False, idle_since=None if seen.busy else idle_since,
         has_slept=state.has_slept or seen.is_asleep,
+        demanded_at=None,  # who waited for it is served
         retries=restarts.after_healthy(state.retries, now.monotonic - ready_at, policy.restart),
     )  # fmt: skip
     if state.drain:

@@ -17,11 +17,11 @@ def world(**models: Simulated) -> World:
     return World(models, WhenFull.WAIT, total=8)
 
 
-def ask(there: World, name: str, turns: int = 3) -> None:
+def ask(there: World, name: str, turns: int = 3, seconds: float = 1.5) -> None:
     """Somebody waits for a model for so many turns."""
     for _ in range(turns):
         there.states = wanted(there.states, name, there.at)
-        there.turn()
+        there.turn(seconds)
 
 
 def phases(there: World) -> dict[str, Phase]:
@@ -55,6 +55,20 @@ def test_round_robin_each_is_answered_in_turn() -> None:
     for name in ("c", "a", "b", "c", "a", "b"):
         ask(there, name)
         assert phases(there)[name] is Phase.READY
+
+
+def test_who_was_served_does_not_take_the_place_back() -> None:
+    there = world(a=Simulated((8,)), b=Simulated((8,)))
+    settle(there)
+    ask(there, "b")
+    assert phases(there) == {"a": Phase.DEFERRED, "b": Phase.READY}
+    ask(there, "a", turns=3, seconds=0.3)  # so soon that the word for `b` is fresh
+    assert phases(there)["a"] is Phase.READY
+    there.seen.clear()
+    for _ in range(10):
+        there.turn(0.3)
+    assert there.seen == []
+    assert phases(there) == {"a": Phase.READY, "b": Phase.DEFERRED}
 
 
 def test_whoever_goes_away_evicts_nothing() -> None:
