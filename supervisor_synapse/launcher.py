@@ -817,8 +817,12 @@ class Gateway:
         self._ask(f"set server {self._model}/model state drain")
 
     def admit(self) -> None:
-        """It takes requests as soon as it answers."""
-        self._ask(f"set server {self._model}/model state ready")
+        """It takes requests as soon as it answers.
+
+        HAProxy may still believe in the run before, and pass requests on to one that loads.
+        """
+        server = f"set server {self._model}/model"
+        self._ask(f"{server} health down; {server} state ready")
 
     def requests(self) -> int:
         """How many it has passed on to the model that are still under way."""

@@ -55,7 +55,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.server.asked.append(said)
         self._send(said)
 
-    do_GET = do_POST = do_OPTIONS = do_HEAD = do_PUT = do_DELETE = _answer
+    def __getattr__(self, name: str) -> Callable[[], None]:
+        """`do_GET` and all other methods."""
+        if name.startswith("do_"):
+            return self._answer
+        raise AttributeError(name)
 
     def _chunks(self) -> bytes:
         body = b""
