@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from supervisor_synapse.adapters import haproxy, store
+from supervisor_synapse.adapters import haproxy
 from supervisor_synapse.adapters.deployment import Deployment
 from supervisor_synapse.adapters.haproxy import Haproxy, Runtime
 from supervisor_synapse.adapters.supervisord import Process, Refused, Supervisord
@@ -244,7 +244,7 @@ class Gateway:
         if process is None:
             return None
         if process.state in _AT_REST:
-            self._start(process)
+            self._start(view, process)
         if process.state is not ProcessState.RUNNING:
             return None
         try:
@@ -256,7 +256,7 @@ class Gateway:
         self._starting.has_worked()
         return pid
 
-    def _start(self, process: Process) -> None:
+    def _start(self, view: View, process: Process) -> None:
         """Unless somebody has stopped it by hand. With the block that stands there now."""
         if process.state is ProcessState.STOPPED and process.start > 0:
             return
@@ -264,6 +264,7 @@ class Gateway:
             if PROGRAM in self._rpc.reread().changed:
                 self._rpc.remove(PROGRAM)
                 self._rpc.add(PROGRAM)
+            self._files.loaded = self._files.to_load(view.settings)
             self._rpc.start(PROGRAM)
         if process.state is not ProcessState.STOPPED:
             why = _last_words(self._deployment.log_file(PROGRAM)) or process.spawnerr
@@ -286,14 +287,12 @@ class Gateway:
         Raises:
             ConfigError: a new worker was asked for, and there is none.
         """
-        note = self._deployment.gateway / "loaded.sha256"
-        wanted = self._files.loaded(view.settings)
-        before = note.read_text() if note.exists() else None
-        if before == wanted:
+        wanted = self._files.to_load(view.settings)
+        if wanted == self._files.loaded:
             return
         asked_of, asked = self._asked_to_load
-        if before is None or (asked == wanted and pid != asked_of):
-            store.write_text(note, wanted)
+        if asked == wanted and pid != asked_of:
+            self._files.loaded = wanted
             self._loading.has_worked()
             return
         if asked != wanted:
@@ -304,7 +303,7 @@ class Gateway:
             self._rpc.signal(PROGRAM, "USR2")
             if is_overdue:
                 why = _last_words(self._deployment.log_file(PROGRAM))
-                raise ConfigError(f"haproxy goes on with its former configuration: {why}")
+                raise ConfigError(f"haproxy goes on with its former configuration: {why or '?'}")
 
     # --- what the worker is told
 
@@ -398,7 +397,6 @@ def _last_words(log: Path) -> str:
             lines = file.read().decode("utf-8", "replace").splitlines()
     except OSError:
         return ""
-    said = [line for line in lines if "[ALERT]" in line or line.startswith("synapse-run: ")]
-    complaints = [line for line in said if not line.startswith("synapse-run: start:")]
-    telling = [line for line in complaints if "in use" in line or "[ALERT]" in line]
-    return printable((telling or complaints or [""])[-1])[:500]
+    complaints = [line for line in lines if "[ALERT]" in line or "in use" in line]
+    telling = [line for line in complaints if not any(word in line for word in haproxy.SUMMARIES)]
+    return printable((telling or complaints or [""])[-1])

@@ -11,6 +11,7 @@ import hashlib
 import logging
 import os
 import re
+import socket
 import stat
 import time
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ PROGRAM = "gateway"
 _STILL_SECONDS = 1.5  # a file that was not written to for so long is no longer being saved
 _AGAIN_SECONDS = 5.0  # between two looks at what HAProxy did not take
 _LARGEST_FILE_BYTES = 16 * 1024 * 1024
+_BIND = re.compile(r"^    bind \[?([0-9A-Fa-f.:]+?)\]?:([0-9]+)( |$)", re.MULTILINE)
 _ADDRESS = re.compile(r"^(    server model )\S+", re.MULTILINE)
 
 _log = logging.getLogger("synapse")
@@ -198,6 +200,7 @@ class Files:
             self._keep_edit(path, text, binary)
             return
         self._require_good(text, binary)
+        _require_free(before, text)
         self._put(path, text)
 
     def _keep_edit(self, path: Path, ours: str, binary: Haproxy) -> None:
@@ -242,7 +245,20 @@ class Files:
         finally:
             trial.unlink(missing_ok=True)
 
-    def loaded(self, settings: GatewaySettings) -> str:
+    @property
+    def loaded(self) -> str:
+        """What was on disk, as `to_load` told it, when the worker that runs began; or before."""
+        return _text(self._note) or ""
+
+    @loaded.setter
+    def loaded(self, digest: str) -> None:
+        store.write_text(self._note, digest)
+
+    @property
+    def _note(self) -> Path:
+        return self._deployment.gateway / "loaded.sha256"
+
+    def to_load(self, settings: GatewaySettings) -> str:
         """A digest of all that HAProxy reads when it begins, but for what it is told later."""
         config = _text(self._deployment.gateway_config) or ""
         parts = [_ADDRESS.sub(r"\1", config), _text(Path(self.paths.lua)) or ""]
@@ -292,6 +308,30 @@ class Files:
             self.block.unlink()
         elif self.block.exists():
             os.replace(self.block, self.block.with_name(f"{self.block.name}.old"))
+
+
+def _require_free(before: str | None, text: str) -> None:
+    """Refuse to move to a port that is taken: HAProxy would be deaf for a moment, to find out.
+
+    Raises:
+        ConfigError: names the port.
+    """
+    there = _BIND.search(text)
+    was = _BIND.search(before or "")
+    if there is None or was is None or there[0] == was[0]:
+        return
+    host, port = there[1], int(there[2])
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        # As HAProxy does: its own worker on the same port is no hindrance.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(
+                f"the gateway stays where it is: cannot listen on {host}:{port}: {error.strerror}"
+            ) from None
 
 
 def secrets_of(settings: GatewaySettings) -> tuple[Path, ...]:
