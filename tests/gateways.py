@@ -6,20 +6,18 @@ import contextlib
 import http.client as http_client
 import http.server
 import json
-import os
 import shutil
 import signal
 import socket
 import subprocess
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from supervisor_synapse import render
+from supervisor_synapse import launcher, render
 from supervisor_synapse.adapters import haproxy
 from supervisor_synapse.adapters.haproxy import Runtime
 from supervisor_synapse.core.gateway import GatewayPaths, Tables, Upstream, Verdict, tables
@@ -292,15 +290,52 @@ def servers(*names: str) -> Iterator[dict[str, StubServer]]:
             one.close()
 
 
-def seconds_of(work: Callable[[], object]) -> float:
-    begun = time.monotonic()
-    work()
-    return time.monotonic() - begun
+@dataclass(slots=True)
+class Front:
+    """A runtime socket that is played, beside a ledger: what it was asked, and what it answers."""
+
+    ledger: Path
+    asked: list[str] = field(default_factory=list)
+    answers: dict[str, bytes] = field(default_factory=dict)
+    hangs: bool = False
+
+    @property
+    def path(self) -> str:
+        return launcher.gateway_of(str(self.ledger))
+
+    def answer(self, link: socket.socket) -> None:
+        asked = link.recv(4096).decode()
+        self.asked.append(asked.rstrip("\n"))
+        if self.hangs:
+            link.recv(1)
+            return
+        found = [answer for word, answer in self.answers.items() if word in asked]
+        link.sendall(found[0] if found else b"\n")
+
+
+@contextlib.contextmanager
+def fronting() -> Iterator[Front]:
+    folder = Path(tempfile.mkdtemp(prefix="fr", dir="/tmp"))
+    found = Front(folder / "ledger.json")
+
+    def serve(listener: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                link, _ = listener.accept()
+                with link, contextlib.suppress(OSError):
+                    found.answer(link)
+
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(found.path)
+        listener.listen()
+        thread = threading.Thread(target=serve, args=(listener,), daemon=True)
+        thread.start()
+        yield found
+        listener.shutdown(socket.SHUT_RDWR)
+    thread.join(10)
+    shutil.rmtree(folder)
 
 
 def children_of(pid: int) -> list[int]:
     text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
     return [int(word) for word in text.split()]
-
-
-__all__ = ["IS_THERE", "Proxy", "Reply", "StubServer", "all_ready", "os", "programs", "proxy"]
