@@ -27,7 +27,7 @@ from supervisor_synapse.core.failures import printable
 from supervisor_synapse.core.gateway import Tables, Upstream, Verdict, tables
 from supervisor_synapse.core.model import Phase, ProcessState, Program, Row
 from supervisor_synapse.core.settings import GatewaySettings
-from supervisor_synapse.errors import ConfigError, SynapseError, TransientError
+from supervisor_synapse.errors import ConfigError, ShuttingDown, SynapseError, TransientError
 from supervisor_synapse.gateway_files import PROGRAM, Files, NotOurs, Wanted
 
 __all__ = ["PROGRAM", "Gateway", "View"]
@@ -150,6 +150,8 @@ class Gateway:
                 return []
         except NotOurs as error:
             return [] if is_off else [str(error)]
+        except ShuttingDown:
+            return []
         except (SynapseError, OSError) as error:
             return [str(error)]
         is_written = False

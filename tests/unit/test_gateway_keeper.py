@@ -347,11 +347,11 @@ def test_a_listener_that_died_between_two_writes_takes_nothing_for_an_edit(kept:
     mark = kept.at.gateway / "haproxy.cfg.sha256"
     kept.settings = replace(kept.settings, max_connections=77)
     before = kept.config.read_text()
-    kept.until(lambda: "maxconn 77" in kept.config.read_text())
+    kept.until(lambda: "maxconn 154" in kept.config.read_text())
     assert len(mark.read_text().split()) == 2
     kept.config.write_text(before)  # as if the second write had not come
     kept.keeper = Gateway(kept.at)
-    kept.until(lambda: "maxconn 77" in kept.config.read_text(), what="it goes on")
+    kept.until(lambda: "maxconn 154" in kept.config.read_text(), what="it goes on")
     assert not kept.config.with_name("haproxy.cfg.new").exists()
 
 
