@@ -125,7 +125,8 @@ def test_a_model_that_is_none_of_ours_is_not_found(five: Proxy, word: object) ->
     ("body", "headers"),
     [
         (b'{"model":null}', {}), (b'{"model":[]}', {}), (b"\xef\xbb\xbf" + BODY, {}),
-        (gzip.compress(BODY), {"Content-Encoding": "gzip"}), (b"model=a", {}), (b'{"model":"\\ud83d\\ude00"}', {}), (b'{"model":"a\\ud800"}', {}),
+        (gzip.compress(BODY), {"Content-Encoding": "gzip"}), (b"model=a", {}),
+        (b'{"model":"\\ud83d\\ude00"}', {}), (b'{"model":"a\\ud800"}', {}),
     ],
     ids=lambda value: ascii(value)[:20],
 )  # fmt: skip
