@@ -607,7 +607,7 @@ class _Gateway(Section):
     max_connections: Annotated[int, Field(ge=1, le=10000), Words(unit="connections")] = Field(
         256,
         description="How many clients are served at a time; the rest waits to be accepted. As many "
-        "requests are held at most.",
+        "more may wait for models that are on their way.",
         examples=["64"],
     )
     api_key_file: Annotated[_File, Words(unsaid="no key is asked for")] = Field(

@@ -817,7 +817,10 @@ class Gateway:
         self._ask(f"set server {self._model}/model state drain")
 
     def admit(self) -> None:
-        """It takes requests as soon as it answers; how the run before it was found is forgotten."""
+        """It takes requests as soon as it answers.
+
+        HAProxy may still believe in the run before, and pass requests on to one that loads.
+        """
         server = f"set server {self._model}/model"
         self._ask(f"{server} health down; {server} state ready")
 

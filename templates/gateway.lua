@@ -8,7 +8,8 @@
 --              hold               it is on its way
 --              demand             it comes when it is asked for
 --              refuse REASON      it does not come by itself
---            *list -> the body of /v1/models; *names -> the names as a JSON list
+--            =PROGRAM -> its object in /v1/models; *1, *2 ... -> the programs in their order
+--            (a map's lines must be short)
 -- Whether a server is up is HAProxy's own finding, so that a listener that is down costs nothing.
 -- While somebody is held, the server is asked more often than HAProxy would, by one of those held.
 
@@ -39,6 +40,26 @@ local function quoted(text)
   return '"' .. safe .. '"'
 end
 
+local function names()
+  local found = {}
+  local name = models:lookup("*1")
+  while name do
+    found[#found + 1] = name
+    name = models:lookup("*" .. #found + 1)
+  end
+  return found
+end
+
+local function error_text(kind, code, message, more)
+  return '{"error":{"message":' .. quoted(message) .. ',"type":"' .. kind .. '","param":"model","code":"'
+    .. code .. '"' .. (more or "") .. "}}\n"
+end
+
+local function names_text()
+  local found = names()
+  return ',"models":[' .. (#found > 0 and '"' .. table.concat(found, '","') .. '"' or "") .. "]"
+end
+
 local function fail(txn, status, kind, code, message, more)
   local reply = txn:reply({status = status})
   reply:add_header("content-type", "application/json")
@@ -46,10 +67,7 @@ local function fail(txn, status, kind, code, message, more)
   if status == 503 then
     reply:add_header("retry-after", "5")
   end
-  reply:set_body(
-    '{"error":{"message":' .. quoted(message) .. ',"type":"' .. kind .. '","param":"model","code":"'
-      .. code .. '"' .. (more or "") .. "}}\n"
-  )
+  reply:set_body(error_text(kind, code, message, more))
   txn:done(reply)
 end
 
@@ -172,15 +190,16 @@ end
 
 local function route(txn)
   local word = txn:get_var("txn.word")
-  if not word or word == "" then
+  if type(word) == "boolean" or word == nil or word == "" then
     fail(txn, 400, "invalid_request_error", "model_missing",
       "name a model: a JSON body with model, or a path that begins with /model/NAME/")
     return
   end
+  word = tostring(word)
   local program = resolve(word)
   if not program then
     fail(txn, 404, "invalid_request_error", "model_not_found",
-      "there is no model " .. word, ',"models":' .. (models:lookup("*names") or "[]"))
+      "there is no model " .. word, names_text())
     return
   end
   if not is_up(program) then
@@ -206,11 +225,32 @@ end
 
 core.register_action("route", {"http-req"}, route)
 
-core.register_service("models", "http", function(applet)
-  local body = models:lookup("*list") or '{"object":"list","data":[]}'
-  applet:set_status(200)
+local function answer(applet, status, body)
+  applet:set_status(status)
   applet:add_header("content-type", "application/json")
   applet:add_header("content-length", tostring(#body))
   applet:start_response()
   applet:send(body)
+end
+
+core.register_service("models", "http", function(applet)
+  local found = {}
+  for _, name in ipairs(names()) do
+    found[#found + 1] = models:lookup("=" .. name)
+  end
+  answer(applet, 200, '{"object":"list","data":[' .. table.concat(found, ",") .. "]}")
+end)
+
+core.register_service("model", "http", function(applet)
+  local word = applet.path:match("^.-/models/(.*)$"):gsub("%%(%x%x)", function(digits)
+    return string.char(tonumber(digits, 16))
+  end)
+  local program = resolve(word)
+  local found = program and models:lookup("=" .. program)
+  if found then
+    answer(applet, 200, found)
+  else
+    answer(applet, 404, error_text("invalid_request_error", "model_not_found",
+      "there is no model " .. word, names_text()))
+  end
 end)

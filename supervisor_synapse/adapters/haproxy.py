@@ -9,6 +9,7 @@ import re
 import shutil
 import socket
 import subprocess
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +18,19 @@ from supervisor_synapse.errors import TransientError
 
 OLDEST = (2, 6)
 
+# Alerts that only say that there were others.
+SUMMARIES = ("Some protocols failed", "Error(s) found in configuration", "Fatal errors found")
+
 _VERSION = re.compile(r"HAProxy version (\d+)\.(\d+)\S*")
 _ASK_SECONDS = 5.0
 _CHECK_SECONDS = 20.0
 _TIMEOUT_SECONDS = 1.0
+_MOST_AT_ONCE_BYTES = 12 * 1024  # of a command; HAProxy's buffers hold 16 KiB at least
 _LARGEST_ANSWER_BYTES = 4 * 1024 * 1024
+
+
+class Unknown(TransientError):
+    """HAProxy has no such backend."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +81,10 @@ def check(haproxy: Haproxy, config: Path) -> str:
     if done.returncode == 0:
         return ""
     lines = done.stderr.decode("utf-8", "replace").splitlines()
-    alerts = [line for line in lines if "[ALERT]" in line]
+    alerts = [
+        line for line in lines
+        if "[ALERT]" in line and not any(word in line for word in SUMMARIES)
+    ]  # fmt: skip
     return "; ".join(alerts or lines)[:1000] or f"exit status {done.returncode}"
 
 
@@ -86,7 +98,10 @@ class Server:
 
 
 class Runtime:
-    """HAProxy's runtime socket. A connection for each command; for one thread."""
+    """HAProxy's runtime socket. A connection for each command; for one thread.
+
+    An answer takes no longer than `timeout_seconds`, however it comes.
+    """
 
     def __init__(self, path: Path, timeout_seconds: float = _TIMEOUT_SECONDS) -> None:
         self._path, self._timeout_seconds = str(path), timeout_seconds
@@ -105,14 +120,14 @@ class Runtime:
     def servers(self) -> dict[str, Server]:
         """By program: its server `model`."""
         text = self.ask("show stat -1 4 -1").removeprefix("# ")
-        return {
-            line["pxname"]: Server(
-                line["status"].startswith(("UP", "DRAIN")), line["status"].startswith("DRAIN"),
-                int(line["scur"]),
-            )
-            for line in csv.DictReader(io.StringIO(text))
-            if line.get("svname") == "model"
-        }  # fmt: skip
+        try:
+            return {
+                line["pxname"]: _server(line)
+                for line in csv.DictReader(io.StringIO(text))
+                if line.get("svname") == "model"
+            }
+        except (KeyError, ValueError, AttributeError, csv.Error) as error:
+            raise TransientError(f"cannot read haproxy's statistics: {error!a}") from None
 
     def drain(self, program: str) -> None:
         """New requests get no server of it; those under way go on."""
@@ -126,33 +141,40 @@ class Runtime:
         """Its server listens elsewhere from now on."""
         said = self.ask(f"set server {program}/model addr {host} port {port}")
         if "changed" not in said and "no need" not in said:
-            raise TransientError(f"haproxy did not take another address: {said.strip()[:200]}")
+            raise _refusal(said)
 
     def replace_map(self, path: Path, entries: Mapping[str, str]) -> None:
         """All of a map at once. Keys have no blanks; values are one line of ASCII."""
-        said = self.ask(f"prepare map {path}")
+        where = str(path).replace(" ", "\\ ")
+        said = self.ask(f"prepare map {where}")
         match = re.search(r"New version created: (\d+)", said)
         if match is None:
-            raise TransientError(f"haproxy has no map {path}: {said.strip()[:200]}")
+            raise TransientError(f"haproxy has no map {path}: {_shown(said)}")
         version = match[1]
-        if entries:
-            self._do(f"add map @{version} {path} <<\n{map_text(entries)}")
-        self._do(f"commit map @{version} {path}")
+        try:
+            for part in _parts(map_text(entries)):
+                self._do(f"add map @{version} {where} <<\n{part}")
+            self._do(f"commit map @{version} {where}")
+        except TransientError:
+            with contextlib.suppress(TransientError):  # else it would be kept for ever
+                self.ask(f"clear map @{version} {where}")
+            raise
 
     def _do(self, command: str) -> None:
         """A command that says nothing where all is well."""
         said = self.ask(command).strip()
         if said:
-            raise TransientError(f"haproxy: {said[:200]}")
+            raise _refusal(said)
 
     def ask(self, command: str) -> str:
         """What it answers to one command."""
+        until = time.monotonic() + self._timeout_seconds
         try:
             with contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)) as link:
                 link.settimeout(self._timeout_seconds)
                 link.connect(self._path)
-                link.sendall(command.encode("ascii") + b"\n")
-                return _read(link).decode("utf-8", "replace")
+                link.sendall(command.encode("ascii", "replace") + b"\n")
+                return _read(link, until).decode("utf-8", "replace")
         except OSError as error:
             raise TransientError(f"haproxy does not answer: {error}") from None
 
@@ -166,10 +188,46 @@ def _one_line(value: str) -> str:
     return "".join(c if c.isascii() and c.isprintable() else "?" for c in value)
 
 
-def _read(link: socket.socket) -> bytes:
+def _parts(text: str) -> list[str]:
+    """The lines of a map in pieces that are not too large for one command."""
+    parts: list[str] = []
+    for line in text.splitlines(keepends=True):
+        if parts and len(parts[-1]) + len(line) <= _MOST_AT_ONCE_BYTES:
+            parts[-1] += line
+        else:
+            parts.append(line)
+    return parts
+
+
+def _server(line: Mapping[str, str]) -> Server:
+    status = line["status"]
+    return Server(status.startswith(("UP", "DRAIN")), status.startswith("DRAIN"), int(line["scur"]))
+
+
+def _refusal(said: str) -> TransientError:
+    kind = Unknown if said.startswith(("No such backend", "No such server")) else TransientError
+    return kind(f"haproxy: {_shown(said)}")
+
+
+def _shown(said: str) -> str:
+    return _one_line(said.strip())[:200]
+
+
+def _read(link: socket.socket, until: float) -> bytes:
+    """All that comes; one that dribbles does not hold us up.
+
+    Raises:
+        OSError: it did not end in time, or is larger than any answer.
+    """
     parts: list[bytes] = []
     left = _LARGEST_ANSWER_BYTES
-    while left > 0 and (part := link.recv(min(left, 65536))):
+    while part := link.recv(65536):
         parts.append(part)
         left -= len(part)
+        if left < 0:
+            raise OSError("it does not stop")
+        rest = until - time.monotonic()
+        if rest <= 0:
+            raise TimeoutError("timed out")
+        link.settimeout(rest)
     return b"".join(parts)

@@ -117,9 +117,10 @@ def tables(
                 _add(routes, tier.value, program.name)
     routes |= {program.name: program.name for program in known}
     models = {name: str(one) for name, one in verdicts.items() if name in shown}
-    listed = [_listed(program, shown[program.name], routes) for program in known]
-    models["*list"] = json.dumps({"object": "list", "data": listed}, separators=(",", ":"))
-    models["*names"] = json.dumps([program.name for program in known], separators=(",", ":"))
+    for number, program in enumerate(known, 1):
+        listed = _listed(program, shown[program.name], routes)
+        models[f"={program.name}"] = json.dumps(listed, separators=(",", ":"))
+        models[f"*{number}"] = program.name
     return Tables(routes, models)
 
 

@@ -31,6 +31,7 @@ from supervisor_synapse.adapters import ledger as ledgers
 from supervisor_synapse.adapters.ledger import Entry, Ledger, Process
 from tests import gguf_factory
 from tests.conftest import Engine, free_port
+from tests.gateways import Front, fronting
 from tests.integration.harness import promised
 
 FAKE = Path(__file__).with_name("fake_llama_server.py")
@@ -1131,6 +1132,48 @@ def test_a_server_is_marked_only_where_a_record_is_kept(fake: Start, record: Pat
     marks = [json.loads(" ".join(run.noted("environment")[0])).get("SYNAPSE_RECORD")
              for run in (kept, bare)]  # fmt: skip
     assert marks == [str(record), None]
+
+
+# --- the gateway in front ------------------------------------------------------------------------
+
+STAT = "# pxname,svname,scur\nmodel,model,{}\n"
+
+
+@pytest.fixture
+def front() -> Iterator[Front]:
+    """A gateway's runtime socket that is played."""
+    with fronting() as found:
+        yield found
+
+
+def behind(front: Front, fake: Start, *words: str, **faults: Any) -> Run:
+    kept = {"record": front.ledger.with_name("model.run"), "ledger": front.ledger, "drain": 20}
+    return fake(*words, options=kept, **faults).listening()
+
+
+def test_a_stop_takes_the_model_out_first_and_waits_for_what_the_gateway_has_passed_on(
+    fake: Start, front: Front
+) -> None:
+    """The server itself knows of nothing yet."""
+    front.answers["show stat"] = STAT.format(2).encode()
+    run = behind(front, fake)
+    eventually(lambda: front.asked)
+    assert "state ready" in front.asked.pop()
+    run.process.terminate()
+    eventually(lambda: sum("show stat" in asked for asked in front.asked) > 3)
+    assert front.asked[0] == "set server model/model state drain"
+    assert run.process.poll() is None
+    front.answers["show stat"] = STAT.format(0).encode()
+    assert run.process.wait(_PATIENCE_SECONDS) == 0
+    said = run.said()
+    assert (said["drained"], said["cut"], said["deadline_hit"]) == ("2", "0", "no")
+
+
+def test_a_gateway_that_hangs_does_not_hold_up_the_stop(fake: Start, front: Front) -> None:
+    front.hangs = True
+    run = behind(front, fake)
+    assert run.stop() < promised(4)
+    assert run.said()["deadline_hit"] == "no"
 
 
 # --- memory, by the listener's word --------------------------------------------------------------

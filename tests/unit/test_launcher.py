@@ -11,6 +11,7 @@ import stat
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from supervisor_synapse.launcher import (
     Word,
     next_step,
 )
+from tests.gateways import Front, fronting
 
 ANYWHERE = "0.0.0.0"  # noqa: S104 - where a server may be told to listen
 POLICY = Policy(drain_seconds=30, term_seconds=2)
@@ -1003,3 +1005,90 @@ def test_whatever_a_record_holds_it_is_read_or_ignored(data: bytes) -> None:
         file.write(data)
         file.flush()
         assert launcher.end_orphans(file.name) == []
+
+
+# --- the gateway in front ------------------------------------------------------------------------
+
+STAT = "# pxname,svname,qcur,qmax,scur,smax\n{model},model,0,0,{requests},9\n\n"
+
+
+@pytest.fixture
+def front() -> Iterator[Front]:
+    """A runtime socket that is played."""
+    with fronting() as found:
+        yield found
+
+
+@pytest.fixture
+def quiet() -> Iterator[int]:
+    """A descriptor on which no signal is announced."""
+    reading, writing = os.pipe()
+    yield reading
+    os.close(reading)
+    os.close(writing)
+
+
+def test_a_model_is_taken_out_and_brought_back_by_its_name(front: Front, quiet: int) -> None:
+    """What is brought back loads: HAProxy may still believe in the run before."""
+    gateway = launcher.Gateway(front.path, "tiny.q4-k_m", quiet)
+    gateway.withdraw()
+    gateway.admit()
+    server = "set server tiny.q4-k_m/model"
+    assert front.asked == [
+        f"{server} state drain", f"{server} health down; {server} state ready"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("said", "requests"),
+    [
+        (STAT.format(model="a", requests=3), 3),
+        (STAT.format(model="a", requests=0), 0),
+        (STAT.format(model="a", requests=-1), 0),
+        (STAT.format(model="a", requests="many"), 0),
+        ("", 0),
+        ("No such proxy.\n", 0),
+        ("\0\xff,,,\n,\n", 0),
+        ("# pxname,svname\na,model\n", 0),
+        ("# pxname,svname,scur\na,again,7\n", 0),
+        ("# pxname,svname,scur\na,model,7\nb,model,8\n", 0),
+        ("# pxname,svname,scur\na\n,\n", 0),
+    ],
+    ids=lambda value: ascii(value)[:30],
+)
+def test_what_the_gateway_has_passed_on_is_counted_or_nothing(
+    front: Front, quiet: int, said: str, requests: int
+) -> None:
+    front.answers["show stat a 4 -1"] = said.encode("latin-1")
+    assert launcher.Gateway(front.path, "a", quiet).requests() == requests
+
+
+def test_no_gateway_costs_nothing(tmp_path: Path, quiet: int) -> None:
+    for path in ("", str(tmp_path / "gateway.sock"), str(tmp_path), "/" + "x" * 200):
+        gateway = launcher.Gateway(path, "a", quiet)
+        begun = time.monotonic()
+        for _ in range(100):
+            gateway.withdraw()
+            assert gateway.requests() == 0
+        assert time.monotonic() - begun < 2
+    assert launcher.gateway_of("") == ""
+
+
+def test_a_gateway_that_hangs_costs_half_a_second_and_is_as_none(front: Front, quiet: int) -> None:
+    front.hangs = True
+    gateway = launcher.Gateway(front.path, "a", quiet)
+    for ask in (gateway.withdraw, gateway.requests, gateway.admit):
+        begun = time.monotonic()
+        assert ask() in (None, 0)
+        assert 0.4 < time.monotonic() - begun < 2
+
+
+def test_a_signal_is_heeded_while_the_gateway_is_awaited(front: Front) -> None:
+    front.hangs = True
+    reading, writing = os.pipe()
+    os.write(writing, b"x")
+    begun = time.monotonic()
+    launcher.Gateway(front.path, "a", reading).withdraw()
+    assert time.monotonic() - begun < 0.4
+    os.close(reading)
+    os.close(writing)

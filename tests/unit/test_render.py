@@ -25,9 +25,10 @@ from supervisor.options import ServerOptions, UnhosedConfigParser
 from supervisor_synapse import render
 from supervisor_synapse.adapters import config_files
 from supervisor_synapse.core.catalog import RESERVED_NAMES, build_catalog
+from supervisor_synapse.core.gateway import GatewayPaths, Upstream
 from supervisor_synapse.core.model import Program, Role, Tier
 from supervisor_synapse.core.plan import make_plan
-from supervisor_synapse.core.settings import Enable, Settings, StopPolicy
+from supervisor_synapse.core.settings import Enable, GatewaySettings, Settings, StopPolicy
 from supervisor_synapse.errors import ConfigError
 from tests.unit.builders import file, program, world
 
@@ -579,3 +580,114 @@ def test_a_template_that_changes_what_is_run_is_caught_when_it_is_read_back(
         (tmp_path / "candidates" / f"{block.name}.conf").write_text(block.text)
         with pytest.raises(ConfigError, match=old.partition("=")[0]):
             config_files.parse_back(main_config, tmp_path / "candidates", [block])
+
+
+# --- the gateway ---------------------------------------------------------------------------------
+
+PATHS = GatewayPaths(
+    "/run/our models/gateway.sock", "/run/again.sock", "/run/supervisor.sock", "/lib/routes.map",
+    "/lib/models.map", "/lib/gateway.lua",
+)  # fmt: skip
+
+
+def gateway(upstreams: list[Upstream] | None = None, paths: GatewayPaths = PATHS,
+            **settings: Any) -> str:  # fmt: skip
+    """HAProxy's configuration, by our own templates."""
+    found = [Upstream("a", "127.0.0.1", 8100)] if upstreams is None else upstreams
+    return render.render_gateway(TEMPLATES, GatewaySettings(**settings), found, paths)
+
+
+def keywords(config: str) -> list[str]:
+    """The first word of each line that says something."""
+    return [line.split()[0] for line in config.splitlines() if line.split("#")[0].strip()]
+
+
+def test_the_gateway_has_one_backend_for_each_model_in_its_order() -> None:
+    config = gateway([Upstream("b.c-d_e", "127.0.0.1", 8101), Upstream("a", "::1", 8100)])
+    assert re.findall(r"^backend (.+)$", config, re.MULTILINE) == ["b.c-d_e", "a"]
+    assert re.findall(r"^    server model (\S+)", config, re.MULTILINE) == [
+        "127.0.0.1:8101", "[::1]:8100",
+    ]  # fmt: skip
+    assert "stats socket /run/our\\ models/gateway.sock mode 600" in config
+
+
+def test_what_is_not_wanted_is_not_said() -> None:
+    plain, full = gateway(), gateway(
+        host="::1", port=8443, tls_certificate="/etc/my keys/a.pem", api_key_file="/etc/keys"
+    )  # fmt: skip
+    assert " ssl " not in plain
+    assert "401" not in plain
+    assert "    bind [::1]:8443 ssl crt /etc/my\\ keys/a.pem\n" in full
+    assert "-f /etc/keys }" in full
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "a b", "a\nglobal", "a\r", "../x", "A", "-x", "a{b}", "a#b", "a;b", "ä", "x" * 64,
+     *sorted(RESERVED_NAMES)],
+)  # fmt: skip
+def test_a_name_that_is_none_of_a_model_gets_into_no_configuration_of_the_gateways(
+    name: str,
+) -> None:
+    with pytest.raises(ConfigError):
+        gateway([Upstream(name, "127.0.0.1", 8100)])
+
+
+HOSTILE = [
+    "/a\nglobal", "/a\r\n    daemon", "/a }", "/a'b", '/a"b', "/a#b", "/a$(id)", "/a\tb", "a", "",
+    "/a\0", "/a/../b", "/ä", "/a\u2028b", "/a%[env(X)]", "/a\\ b", "/a`b`",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", HOSTILE, ids=ascii)
+def test_a_path_that_could_end_a_word_gets_into_no_configuration_of_the_gateways(
+    path: str,
+) -> None:
+    for name in PATHS.__dataclass_fields__:
+        with pytest.raises(ConfigError):
+            gateway(paths=replace(PATHS, **{name: path}))
+    for name in ("api_key_file", "tls_certificate"):
+        if path:
+            with pytest.raises(ConfigError):
+                gateway(**{name: path})
+
+
+@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@given(name=st.text(max_size=20), path=st.text(max_size=20).map(lambda text: f"/{text}"))
+def test_whatever_comes_a_configuration_has_our_lines_or_is_refused(name: str, path: str) -> None:
+    expected = keywords(gateway(api_key_file="/etc/keys"))
+    try:
+        config = gateway([Upstream(name, "127.0.0.1", 8100)], api_key_file=path)
+    except ConfigError:
+        return
+    assert keywords(config) == expected
+    assert config.isascii()
+
+
+def test_the_gateways_block_is_one_program_that_supervisord_reads_as_it_was_meant(
+    around: render.Surroundings,
+) -> None:
+    command = ("/opt/My Tools/synapse-run", "--", "/usr/sbin/haproxy", "-f", "/our etc/haproxy.cfg")
+    text = render.render_gateway_block(
+        TEMPLATES, command, around.directory, f"{around.log_folder}/gateway.log",
+        GatewaySettings(host="::1", port=8443),
+    )  # fmt: skip
+    sections, process = Supervisord(around.directory).read(text)
+    assert list(sections) == ["program:gateway"]
+    assert tuple(shlex.split(process.command)) == command
+    assert process.environment == {"LLAMA_ARG_HOST": "::1", "LLAMA_ARG_PORT": "8443"}
+    assert (process.autostart, process.stopasgroup, process.killasgroup) == (False, False, True)
+
+
+@pytest.mark.parametrize("word", ["a\nb", "%(ENV_HOME)s", "a;b", "a\0b", "$(id)", "a'b"])
+def test_a_word_that_supervisord_could_misread_gets_into_no_block_of_the_gateways(
+    around: render.Surroundings, word: str
+) -> None:
+    with pytest.raises(ConfigError):
+        render.render_gateway_block(
+            TEMPLATES, ("/x", word), around.directory, "/log", GatewaySettings()
+        )
+    with pytest.raises(ConfigError):
+        render.render_gateway_block(
+            TEMPLATES, ("/x",), around.directory, f"/{word}", GatewaySettings()
+        )
