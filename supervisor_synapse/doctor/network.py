@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import ipaddress
-import shutil
 from collections.abc import Iterator
 
-from supervisor_synapse.adapters import sockets
+from supervisor_synapse.adapters import haproxy, sockets
+from supervisor_synapse.adapters.haproxy import Haproxy
 from supervisor_synapse.core.findings import Finding, error, fine, note, warning
 from supervisor_synapse.doctor.case import Case
 
@@ -135,12 +135,33 @@ _CROSS_SITE_MEND = (
 
 
 def check_gateway(case: Case) -> Iterator[Finding]:
-    """HAProxy is only needed for one endpoint for all models."""
-    found = shutil.which("haproxy")
-    if found is None:
-        yield note(
-            "gateway-absent", "haproxy", "is not on PATH; only the optional gateway (one endpoint "
-            "for all models) needs it",
+    """One address for all models needs HAProxy; without it everything else works."""
+    gateway, found = case.settings.gateway, haproxy.find()
+    if gateway.enabled is False:
+        yield fine("gateway", "is off")
+        return
+    if found is None or found.problem:
+        yield _no_gateway(found, is_wanted=gateway.enabled is True)
+        return
+    yield fine("haproxy", found.path)
+    if not is_loopback(gateway.host) and not gateway.api_key_file:
+        yield warning(
+            "gateway-open", "[gateway]",
+            f"bind is {gateway.host}, and no key is asked for: everybody on the network may use "
+            "all models", "set api_key_file, or bind = 127.0.0.1:8080",
         )  # fmt: skip
-    else:
-        yield fine("haproxy", found)
+
+
+def _no_gateway(found: Haproxy | None, *, is_wanted: bool) -> Finding:
+    mend = "install haproxy 2.6 or newer (built with Lua), or set enabled = false in [gateway]"
+    if found is not None:
+        return (error if is_wanted else warning)(
+            "gateway-unusable", found.path, f"cannot be the gateway: {found.problem}", mend
+        )
+    if is_wanted:
+        return error("gateway-unusable", "[gateway]", "is enabled; haproxy is not on PATH", mend)
+    return note(
+        "gateway-absent",
+        "haproxy",
+        "is not on PATH; only the optional gateway (one endpoint for all models) needs it",
+    )

@@ -478,3 +478,39 @@ def test_as_json_each_finding_has_its_id_and_its_check(patient: Patient) -> None
     assert first["check"] == "settings"
     assert {check["name"] for check in value["checks"]} == {check.name for check in doctor.CHECKS}
     assert value["versions"]["supervisor"]
+
+
+# --- the gateway ---------------------------------------------------------------------------------
+
+
+def haproxy_that_says(folder: Path, said: str) -> Path:
+    """A program of that name, to stand first on PATH."""
+    program = folder / "bin" / "haproxy"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\necho '{said}'\n")
+    program.chmod(0o700)
+    return program.parent
+
+
+@pytest.mark.parametrize(
+    ("said", "settings", "name", "severity"),
+    [
+        ("HAProxy version 2.6.12 +LUA +PROMEX", "", None, None),
+        ("HAProxy version 2.4.0 +LUA +PROMEX", "", "gateway-unusable", Severity.WARNING),
+        ("HAProxy version 2.8.3 -LUA +PROMEX", "enabled = true", "gateway-unusable",
+         Severity.ERROR),
+        ("HAProxy version 2.8.3 -LUA", "enabled = false", None, None),
+        ("HAProxy version 2.8.3 +LUA +PROMEX", "bind = 0.0.0.0:8080", "gateway-open",
+         Severity.WARNING),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_a_gateway_is_told(
+    said: str, settings: str, name: str | None, severity: Severity | None,
+    patient: Patient, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+) -> None:  # fmt: skip
+    folder = haproxy_that_says(tmp_path, said)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    patient.configure(f"[gateway]\n{settings}")
+    found = patient.found()
+    told = {one: found[one].severity for one in found if one.startswith("gateway-")}
+    assert told == ({name: severity} if name else {})
