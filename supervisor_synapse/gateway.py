@@ -302,6 +302,7 @@ class Gateway:
         is_overdue = asked == wanted
         if self._loading.may_try():
             self._asked_to_load = (pid, wanted)
+            self._files.loaded = ""  # nobody knows, until there is a new one
             self._rpc.signal(PROGRAM, "USR2")
             if is_overdue:
                 why = _last_words(self._deployment.log_file(PROGRAM))
