@@ -6,6 +6,7 @@
 --   models   program -> what to do with a request for it:
 --              serve [FALLBACK]   a server answers; FALLBACK: not the model itself
 --              hold               it is on its way
+--              avoid              its server may seem to be up, and answers nobody
 --              demand             it comes when it is asked for
 --              refuse REASON      it does not come by itself
 --            =PROGRAM -> its object in /v1/models; *1, *2 ... -> the programs in their order
@@ -76,9 +77,14 @@ local function server_of(program)
   return backend and backend.servers["model"]
 end
 
+-- What has given up answering is taken out at once, though its /health may still say 200.
+local function is_avoided(program)
+  return models:lookup(program) == "avoid"
+end
+
 local function is_up(program)
   local server = server_of(program)
-  if not server then
+  if not server or is_avoided(program) then
     return false
   end
   local stats = server:get_stats()
@@ -115,7 +121,8 @@ end
 -- Sooner than HAProxy's next look: whether a server that is not drained answers by now.
 local function has_come_up(program)
   local server = server_of(program)
-  if not server or (server:get_stats()["status"] or ""):match("^%u+") == "DRAIN" then
+  local is_draining = server and (server:get_stats()["status"] or ""):match("^%u+") == "DRAIN"
+  if not server or is_draining or is_avoided(program) then
     return false
   end
   if not answers(server) then

@@ -18,7 +18,7 @@ from supervisor_synapse.core.model import Phase, Program, Row, Tier
 
 # What may stand as a key of one of HAProxy's maps: no blank, no control character, no comment.
 _WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,299}")
-_RANKS = {"serve": 0, "hold": 1, "demand": 2, "refuse": 3}
+_RANKS = {"serve": 0, "hold": 1, "avoid": 2, "demand": 3, "refuse": 4}
 _LONGEST_REASON = 300
 
 
@@ -49,7 +49,7 @@ class Upstream:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What becomes of a request for one model: `serve`, `hold`, `demand` or `refuse`.
+    """What becomes of a request for one model: `serve`, `hold`, `avoid`, `demand` or `refuse`.
 
     `word` is the fallback that serves in its place, or the reason of a refusal.
     """
@@ -78,8 +78,10 @@ def verdict(row: Row, *, has_way_back: bool, fallback: str = "") -> Verdict:
     match row.phase:
         case Phase.READY:
             return Verdict("serve", fallback)
-        case Phase.LOADING | Phase.PENDING | Phase.UNHEALTHY | Phase.BACKOFF:
+        case Phase.LOADING | Phase.PENDING | Phase.BACKOFF:
             return Verdict("hold")
+        case Phase.UNHEALTHY:  # it may answer /health, and nothing else
+            return Verdict("avoid")
         case Phase.DRAINING | Phase.STOPPING | Phase.VERIFYING:
             return Verdict("hold")
         case Phase.DEFERRED:

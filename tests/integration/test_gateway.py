@@ -515,23 +515,42 @@ def test_a_storm_of_requests_for_a_cold_model_starts_it_once() -> None:
 # --- keys ----------------------------------------------------------------------------------------
 
 
-def test_where_keys_are_set_nobody_gets_in_without_one() -> None:
+@pytest.fixture(scope="module")
+def locked(llama_server: Any) -> Iterator[Gateway]:
+    """A gateway with two keys; `e` makes embeddings."""
     port = free_ports(1)
     with deployed() as deployment:
         keys = deployment.root / "keys"
         keys.write_text("secret-one\nsecret-two\n")
         keys.chmod(0o600)
-        deployment.configure(section(port, f"api_key_file = {keys}"))
-        deployment.add("a")
+        embedding = "[model:e]\nargs = --embeddings --pooling mean\n"
+        deployment.configure(section(port, f"api_key_file = {keys}") + embedding)
+        deployment.add("a", "e")
         deployment.synapse("up", "--detach")
         found = Gateway(deployment, port)
         wait_until(found.is_up, 20, "the gateway answers")
-        body = {"model": "a", "prompt": "x", "max_tokens": 1}
-        assert found.ask(body).status == 401
-        assert found.ask(body, Authorization="Bearer wrong").status == 401
-        assert found.ask(None, "/v1/models", "GET").status == 401
-        for key in ("secret-one", "secret-two"):
-            assert found.ask(body, Authorization=f"Bearer {key}").status == 200
-        shown = " ".join(" ".join(one.cmdline()) for one in found.haproxy())
-        logs = (deployment.log / "gateway.log").read_text()
-        assert "secret" not in shown + logs
+        yield found
+
+
+def test_where_keys_are_set_nobody_gets_in_without_one(locked: Gateway) -> None:
+    body = {"model": "a", "prompt": "x", "max_tokens": 1}
+    assert locked.ask(body).status == 401
+    assert locked.ask(body, Authorization="Bearer wrong").status == 401
+    assert locked.ask(None, "/v1/models", "GET").status == 401
+    for key in ("secret-one", "secret-two"):
+        assert locked.ask(body, Authorization=f"Bearer {key}").status == 200
+    shown = " ".join(" ".join(one.cmdline()) for one in locked.haproxy())
+    logs = (locked.at.log / "gateway.log").read_text()
+    assert "secret" not in shown + logs
+
+
+def test_the_openai_client_makes_embeddings_with_a_key(locked: Gateway) -> None:
+    openai = pytest.importorskip("openai")
+    with openai.OpenAI(base_url=f"{locked.url}/v1", api_key="secret-two", max_retries=0) as client:
+        found = client.embeddings.create(model="e", input=["the road", "a house"])
+        assert [len(one.embedding) for one in found.data] == [64, 64]
+    with (
+        openai.OpenAI(base_url=f"{locked.url}/v1", api_key="wrong", max_retries=0) as stranger,
+        pytest.raises(openai.AuthenticationError),
+    ):
+        stranger.embeddings.create(model="e", input="the road")

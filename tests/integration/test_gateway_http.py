@@ -6,6 +6,7 @@ import contextlib
 import gzip
 import http.client as http_client
 import json
+import select
 import shutil
 import socket
 import ssl
@@ -383,6 +384,45 @@ def test_more_than_may_wait_are_told_so_at_once_and_others_are_served(
         assert "too many wait already" in reply.error["message"]
         assert int(reply.headers["retry-after"]) > 0
         assert reached(made.ask({"model": "a"})) == "a"
+
+
+def test_a_model_that_answers_nobody_is_avoided_though_it_says_that_it_is_well() -> None:
+    """Of those that a tier means another one answers; what is asked for by name waits."""
+    with (
+        servers("a", "b") as found,
+        proxy({name: server.port for name, server in found.items()}) as made,
+    ):
+        made.tell(all_ready(programs("a", "b")))
+        assert reached(made.ask({"model": "fast"})) == "a"
+        made.tell(all_ready(programs("a", "b"), a=Verdict("avoid")))
+        assert reached(made.ask({"model": "fast"})) == "b"
+        with holding_one(made, "a") as link:
+            assert holds_for(lambda: not is_readable(link), 1)
+            made.tell(all_ready(programs("a", "b")))
+            assert link.recv(12) == b"HTTP/1.1 200"
+
+
+def test_who_serves_in_the_place_of_a_model_is_named() -> None:
+    with servers("a") as found, proxy({"a": found["a"].port}) as made:
+        made.tell(all_ready(programs("a"), a=Verdict("serve", "small")))
+        headers = made.ask({"model": "a"}).headers
+        assert (headers["x-synapse-model"], headers["x-synapse-fallback"]) == ("a", "small")
+        made.tell(all_ready(programs("a")))
+        assert "x-synapse-fallback" not in made.ask({"model": "a"}).headers
+
+
+def is_readable(link: socket.socket) -> bool:
+    return bool(select.select([link], [], [], 0)[0])
+
+
+@contextlib.contextmanager
+def holding_one(made: Proxy, name: str) -> Iterator[socket.socket]:
+    """A client that asks for a model and waits."""
+    body = json.dumps({"model": name}).encode()
+    head = f"POST /x HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    with socket.create_connection(("127.0.0.1", made.settings.port), 30) as link:
+        link.sendall(head + body)
+        yield link
 
 
 def test_who_waits_too_long_is_told_so_in_the_form_of_all_errors() -> None:

@@ -110,7 +110,7 @@ def test_what_is_not_shown_yet_is_not_told_of() -> None:
     ("phase", "kind"),
     [
         (Phase.READY, "serve"), (Phase.LOADING, "hold"), (Phase.PENDING, "hold"),
-        (Phase.UNHEALTHY, "hold"), (Phase.BACKOFF, "hold"), (Phase.DRAINING, "hold"),
+        (Phase.UNHEALTHY, "avoid"), (Phase.BACKOFF, "hold"), (Phase.DRAINING, "hold"),
         (Phase.STOPPING, "hold"), (Phase.VERIFYING, "hold"), (Phase.DEFERRED, "demand"),
         (Phase.STOPPED, "refuse"), (Phase.DISABLED, "refuse"), (Phase.FAILED, "refuse"),
     ],
@@ -125,7 +125,7 @@ def test_every_phase_has_a_verdict_that_a_map_can_hold() -> None:
     for phase in Phase:
         for has_way_back in (True, False):
             found = verdict(row(phase=phase, reason=""), has_way_back=has_way_back)
-            assert re.fullmatch(r"(serve|hold|demand|refuse [a-z]+)", str(found))
+            assert re.fullmatch(r"(serve|hold|avoid|demand|refuse [a-z]+)", str(found))
 
 
 def test_what_was_stopped_and_comes_back_by_itself_may_be_asked_for() -> None:
