@@ -104,10 +104,15 @@ def section(port: int, more: str = "") -> str:
 
 
 @contextlib.contextmanager
-def gateway(settings: str, *names: str, more: str = "", **options: Any) -> Iterator[Gateway]:
+def gateway(
+    settings: str, *names: str, more: str = "", larger: str = "", **options: Any
+) -> Iterator[Gateway]:
+    """`larger`: one more model, which takes more memory than the others."""
     port = free_ports(1)
     with deployed(f"{settings}{section(port, more)}") as deployment:
         deployment.add(*names, **options)
+        if larger:
+            deployment.add(larger, layers=4, feed_forward=512)
         deployment.synapse("up", "--detach")
         found = Gateway(deployment, port)
         wait_until(found.is_up, 20, "the gateway answers")
@@ -510,6 +515,41 @@ def test_a_storm_of_requests_for_a_cold_model_starts_it_once() -> None:
         assert load.bad == []
         starts = [step for step in found.at.history() if step["model"] == "c"]
         assert [step["to"] for step in starts].count("loading") == 1
+
+
+# --- failover ------------------------------------------------------------------------------------
+
+FAILOVER = """
+[restart]
+backoff_initial_seconds = 0.1
+backoff_factor = 1
+intensity = 2
+period_seconds = 20
+cooldown_seconds = 5
+[model:big]
+fallback = small
+[model:small]
+enabled = false
+"""
+
+
+def test_while_a_model_is_given_up_its_fallback_answers_and_says_so() -> None:
+    """Two crashes open its breaker; after the cooldown the model itself is back."""
+    with gateway(FAILOVER, "small", larger="big") as found:
+        assert "x-synapse-fallback" not in found.complete("big").headers
+        for _ in range(2):
+            found.at.servers()["big"].kill()
+            wait_until(lambda: found.complete("big").status == 200, 20, "answered")
+        by_fallback = wait_until(
+            lambda: (reply := found.complete("big")).headers.get("x-synapse-fallback") and reply,
+            20, "the fallback answers",
+        )  # fmt: skip
+        assert by_fallback.headers["x-synapse-fallback"] == "small"
+        assert by_fallback.model == "big"
+        wait_until(
+            lambda: (reply := found.complete("big")).status == 200
+            and "x-synapse-fallback" not in reply.headers, 40, "the model itself answers again",
+        )  # fmt: skip
 
 
 # --- keys ----------------------------------------------------------------------------------------
