@@ -183,13 +183,13 @@ def _require_good_end(supervisor: psutil.Process | None) -> None:
     Raises:
         ApplyError: it did not end by a stop.
     """
-    if supervisor is None:
-        return
+    # One that went before we knew its pid was the only child that we had.
+    asked = -1 if supervisor is None else supervisor.pid
     deadline = time.monotonic() + _KILLED_SECONDS
     pid = status = 0
     while not pid and time.monotonic() < deadline:  # it has ended, but may have yet to be told
         try:
-            pid, status = os.waitpid(supervisor.pid, os.WNOHANG)
+            pid, status = os.waitpid(asked, os.WNOHANG)
         except ChildProcessError:
             return
         time.sleep(0 if pid else _POLL_SECONDS)
