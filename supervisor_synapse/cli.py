@@ -440,7 +440,7 @@ def _up(deployment: Deployment, arguments: argparse.Namespace) -> int:
         expected -= unknown
         rows = progress.show_until_settled(rpc, interrupts, expected)
         if not interrupts.count:
-            _show_ready(rows, deployment)
+            _show_ready(rows, deployment, _gateway_url(rpc, settings))
         if arguments.detach or not started_here:
             if not interrupts.count:
                 return _verdict(rows) or int(bool(unknown))
@@ -475,7 +475,19 @@ def _find_or_make_models(
     return found
 
 
-def _show_ready(rows: Sequence[Row], deployment: Deployment) -> None:
+def _gateway_url(rpc: Supervisord, settings: Settings) -> str:
+    """Where all models answer at one address; "" where they do not."""
+    from supervisor_synapse.core.model import http_url
+    from supervisor_synapse.errors import ShuttingDown, TransientError
+
+    with contextlib.suppress(TransientError, ShuttingDown):
+        if rpc.process("gateway") is not None:
+            url = http_url(settings.gateway.host, settings.gateway.port)
+            return url.replace("http:", "https:", 1) if settings.gateway.tls_certificate else url
+    return ""
+
+
+def _show_ready(rows: Sequence[Row], deployment: Deployment, gateway_url: str) -> None:
     from supervisor_synapse import report
     from supervisor_synapse.core.model import Phase
 
@@ -487,6 +499,8 @@ def _show_ready(rows: Sequence[Row], deployment: Deployment) -> None:
     example = report.example(shown)
     if example is not None:
         print(f"\nTry it:\n  {report.curl_line(example)}\n")
+    if gateway_url:
+        print(f"All models at one address: {gateway_url}/v1")
     print(f"More: {_supervisorctl(deployment)} models", flush=True)
 
 

@@ -119,6 +119,10 @@ def gateway(
         yield found
 
 
+def test_up_tells_the_one_address(two: Gateway) -> None:
+    assert f"All models at one address: {two.url}/v1" in two.at.synapse("up", "--detach").out
+
+
 @pytest.fixture(scope="module")
 def two(llama_server: Any) -> Iterator[Gateway]:
     """Models `a` and `b`, both up; changed by no test but for a moment."""
