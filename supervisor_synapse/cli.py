@@ -440,7 +440,7 @@ def _up(deployment: Deployment, arguments: argparse.Namespace) -> int:
         expected -= unknown
         rows = progress.show_until_settled(rpc, interrupts, expected)
         if not interrupts.count:
-            _show_ready(rows, deployment, _gateway_url(rpc, settings))
+            _show_ready(rows, deployment, _gateway_url(deployment, rpc, settings))
         if arguments.detach or not started_here:
             if not interrupts.count:
                 return _verdict(rows) or int(bool(unknown))
@@ -475,13 +475,14 @@ def _find_or_make_models(
     return found
 
 
-def _gateway_url(rpc: Supervisord, settings: Settings) -> str:
+def _gateway_url(deployment: Deployment, rpc: Supervisord, settings: Settings) -> str:
     """Where all models answer at one address; "" where they do not."""
     from supervisor_synapse.core.model import http_url
     from supervisor_synapse.errors import ShuttingDown, TransientError
 
     with contextlib.suppress(TransientError, ShuttingDown):
-        if rpc.process("gateway") is not None:
+        # Somebody may have a program of that name, which is none of ours.
+        if deployment.gateway_config.exists() and rpc.process("gateway") is not None:
             url = http_url(settings.gateway.host, settings.gateway.port)
             return url.replace("http:", "https:", 1) if settings.gateway.tls_certificate else url
     return ""
