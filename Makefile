@@ -19,7 +19,8 @@ run: $(VENV)/.run
 	@exec $(BIN)/synapse up $(ARGS)
 
 test: $(VENV)/.test lint
-	$(BIN)/python -m pytest -m "not alone" --numprocesses auto --dist loadfile $(PYTEST_ARGS)
+	SYNAPSE_PATIENCE=$(or $(SYNAPSE_PATIENCE),3) $(BIN)/python -m pytest -m "not alone" \
+		--numprocesses auto --dist loadfile $(PYTEST_ARGS)
 	$(BIN)/python -m pytest -m alone $(PYTEST_ARGS)
 
 # 250 MB from the package registry, once.

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-# They hold what happens against seconds that were promised; the others only wait for it.
-ALONE = frozenset(
-    {
-        "test_changes", "test_changes_attacked", "test_failover", "test_gateway", "test_healing",
-        "test_launcher", "test_memory", "test_notifications", "test_rpc_devices", "test_stopping",
-        "test_stress", "test_swapping",
-    }
-)  # fmt: skip
+HERE = Path(__file__).parent
+# They hold what happens against few seconds, or load the machine; the others only wait.
+ALONE = frozenset({"test_changes", "test_gateway", "test_launcher", "test_stopping", "test_stress"})
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark them, for the Makefile."""
     for item in items:
-        if item.path.stem in ALONE:
+        if item.path.parent == HERE and item.path.stem in ALONE:
             item.add_marker(pytest.mark.alone)
