@@ -232,7 +232,7 @@ def test_memory_is_back_when_a_model_has_ended(
     server.process.send_signal(how)
     server.process.wait(10)
     wait_until(lambda: device.used_bytes == 0, 5, "the memory was not given back")
-    assert device.connections == 0
+    wait_until(lambda: device.connections == 0, 5, "the connection was not ended")
 
 
 # --- full ----------------------------------------------------------------------------------------
