@@ -508,7 +508,7 @@ class Listener:
         before = self._published
         is_due = now - before.at >= _FIGURES_SECONDS
         has_moved = (rows, devices) != (before.rows, before.devices)
-        if _without_figures(rows) != _without_figures(before.rows) or (is_due and has_moved):
+        if _cannot_wait(rows, before.rows) or (is_due and has_moved):
             snapshot = Snapshot(time.time(), rows, devices, self._about_itself())
             waiting = await self._call(partial(self._rpc.publish, snapshot))
             self._published = _Published(rows, devices, now, now)
@@ -521,16 +521,21 @@ class Listener:
 
     def _tell_gateway(self, rows: tuple[Row, ...]) -> None:
         registry = self._world.registry
-        claims = {one.name: self._memory.claim(one) for one in registry.programs}
+        stand_ins = {one.name: self._stand_in(one) for one in registry.programs if one.fallback}
         verdicts = {
             row.name: verdict(
                 row, has_way_back=row.name in self._states and self._states[row.name].resume,
-                fallback=claims[row.name].fallback if claims[row.name].is_on_fallback else "",
+                fallback=stand_ins.get(row.name, ""),
             )
             for row in rows
         }  # fmt: skip
         settings = registry.settings.gateway
         self._gateway.tell(View(settings, registry.programs, rows, verdicts, self._gateway_process))
+
+    def _stand_in(self, program: Program) -> str:
+        """The model that serves in its place now; "" where it serves itself."""
+        claim = self._memory.claim(program)
+        return claim.fallback if claim.is_on_fallback else ""
 
     async def _hand_over_history(self) -> None:
         """What is new; at first also what stood in the file before."""
@@ -684,9 +689,14 @@ def _breaker(retries: Restarts) -> Breaker:
     return Breaker.HALF_OPEN if retries.is_trial else Breaker.CLOSED
 
 
-def _without_figures(rows: tuple[Row, ...] | None) -> tuple[Row, ...] | None:
-    """Rows by which to tell whether something has happened that cannot wait."""
-    return None if rows is None else tuple(replace(row, usage=Usage()) for row in rows)
+def _cannot_wait(rows: tuple[Row, ...], before: tuple[Row, ...] | None) -> bool:
+    """Whether more has changed than figures that move all the time."""
+    if before is None or len(rows) != len(before):
+        return True
+    return any(
+        row != old and replace(row, usage=old.usage) != old
+        for row, old in zip(rows, before, strict=True)
+    )
 
 
 def _with_refusal(reason: str, standing: Standing) -> str:
