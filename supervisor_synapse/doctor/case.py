@@ -26,6 +26,7 @@ from supervisor_synapse.adapters.processes import Running
 from supervisor_synapse.adapters.registry import Registry
 from supervisor_synapse.adapters.supervisord import Absent, Process, Refused, Supervisord
 from supervisor_synapse.core.arguments import Served, parse_served
+from supervisor_synapse.core.catalog import RESERVED_NAMES
 from supervisor_synapse.core.model import Snapshot
 from supervisor_synapse.core.settings import Settings
 from supervisor_synapse.errors import ConfigError, ShuttingDown, TransientError
@@ -53,13 +54,14 @@ class Block:
     command: tuple[str, ...]
 
     @property
-    def launcher(self) -> str:
-        return self.command[0] if self.command else ""
+    def programs(self) -> tuple[str, ...]:
+        """What it executes."""
+        return (*self.command[:1], *server_words(self.command)[:1])
 
     @property
     def server(self) -> tuple[str, ...]:
-        """The engine and its arguments; () where it runs something else."""
-        return server_words(self.command)
+        """The engine and its arguments; () where it runs something else, as the gateway's does."""
+        return () if self.name in RESERVED_NAMES else server_words(self.command)
 
     @property
     def served(self) -> Served | None:

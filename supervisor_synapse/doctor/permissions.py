@@ -65,7 +65,7 @@ def _programs(case: Case) -> Iterator[str]:
     with contextlib.suppress(ConfigError):  # another check's business
         yield engines.locate(case.settings.engine)
     for block in case.blocks:
-        yield from (word for word in (block.launcher, *block.server[:1]) if word.startswith("/"))
+        yield from (word for word in block.programs if word.startswith("/"))
 
 
 def _libraries(folder: Path) -> Iterator[Finding]:

@@ -514,3 +514,15 @@ def test_what_is_wrong_with_a_gateway_is_told(
     found = patient.found()
     told = {one: found[one].severity for one in found if one.startswith("gateway-")}
     assert told == ({name: severity} if name else {})
+
+
+def test_the_gateways_own_block_is_not_taken_for_a_models(patient: Patient) -> None:
+    """It runs by the same launcher, and HAProxy is no engine to be replaced."""
+    patient.block()
+    before = set(patient.found())
+    gateway = patient.deployment.block("gateway")
+    gateway.write_text(
+        "[program:gateway]\ncommand=/bin/true --record r -- /bin/sh -W -f haproxy.cfg\n"
+    )
+    gateway.chmod(0o600)
+    assert set(patient.found()) == before
