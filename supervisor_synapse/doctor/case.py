@@ -64,6 +64,11 @@ class Block:
         return () if self.name in RESERVED_NAMES else server_words(self.command)
 
     @property
+    def runs(self) -> tuple[str, ...]:
+        """What stays of its command once a launcher has started it."""
+        return server_words(self.command) or self.command
+
+    @property
     def served(self) -> Served | None:
         """Where it answers, by its own words."""
         nowhere = Served("127.0.0.1", 0, "", 0, 0, None, 0)

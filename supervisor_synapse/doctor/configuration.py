@@ -138,7 +138,7 @@ def _block_as_held(case: Case, block: Block) -> Iterator[Finding]:
             "block-unknown", str(block.path), "supervisord does not know this program yet",
             "`supervisorctl update`",
         )  # fmt: skip
-    elif _held(case, name[1], process.pid) not in ((), block.server or block.command):
+    elif _held(case, name[1], process.pid) not in ((), block.runs):
         yield warning(
             "block-not-taken-up", str(block.path),
             "says another command than the one that runs, or that supervisord holds",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from tests.gguf_factory import write_model
 from tests.integration.harness import (
     Deployment,
     deployed,
+    free_ports,
     stranger_on,
     wait_until,
 )
@@ -25,11 +27,15 @@ from tests.integration.hub import serving
 
 @pytest.fixture(scope="module")
 def running() -> Iterator[Deployment]:
-    """Two models that are ready."""
-    with deployed() as deployment:
+    """Two models that are ready, behind a gateway where there is a HAProxy."""
+    with deployed(f"[gateway]\nbind = 127.0.0.1:{free_ports(1)}\n") as deployment:
         deployment.add("a", "b")
         deployment.synapse("up", "--detach")
         deployment.wait_ready()
+        if shutil.which("haproxy"):
+            wait_until(
+                lambda: "RUNNING" in deployment.ctl("status", "gateway", expect=None).out, 15
+            )
         yield deployment
 
 
