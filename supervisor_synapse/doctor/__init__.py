@@ -52,6 +52,7 @@ CHECKS = (
     Check("blocks", configuration.check_blocks),
     Check("state", configuration.check_state),
     Check("engine", engine.check_engine),
+    Check("processor", engine.check_processor),
     Check("devices", engine.check_devices),
     Check("cache", caches.check_caches),
     Check("models", caches.check_models),

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from supervisor_synapse.adapters import demo_model
 from supervisor_synapse.adapters import engine as engines
 from supervisor_synapse.adapters.gpu import cpu, drivers
 from supervisor_synapse.adapters.gpu.drivers import Driver
@@ -47,6 +50,26 @@ def check_engine(case: Case) -> Iterator[Finding]:
             "`synapse discover` renders them anew",
         )  # fmt: skip
     yield fine(found.path, f"runs; version {found.version}")
+
+
+def check_processor(case: Case) -> Iterator[Finding]:
+    """Whether the engine can compute here: it loads a model that is made for this."""
+    found = engine_of(case)
+    if isinstance(found, ConfigError):
+        return
+    with tempfile.TemporaryDirectory(prefix="synapse-") as folder:
+        model = Path(folder, demo_model.FILE)
+        demo_model.write(model)
+        fatal = engines.fatal_signal(found, model, ANSWER_SECONDS)
+    if fatal is not None:
+        is_foreign = fatal is signal.SIGILL
+        yield error(
+            "engine-unfit", found.path, f"ends by {fatal.name} with any model"
+            + (": it was built for a newer processor than this one" if is_foreign else ""),
+            engines.how_to_get_one(),
+        )  # fmt: skip
+        return
+    yield fine(found.path, "computes on this processor")
 
 
 def _missing(case: Case, problem: str) -> Finding:

@@ -32,7 +32,7 @@ from tests.unit.rpc_server import answering, process_info
 CHECKOUT = Path(__file__).resolve().parents[2]
 BLOCK = (
     "[program:a]\ncommand={launcher} --record r -- {engine} --model {model} --host {host} "
-    '--port 8100 {more}\nenvironment=A="1"{variables}\n'
+    '--port 18100 {more}\nenvironment=A="1"{variables}\n'
 )
 
 
@@ -186,7 +186,7 @@ ILLS: list[tuple[str, Callable[[Patient], object], str, Severity]] = [
      "link-broken", Severity.WARNING),
     ("a damaged header", _damaged, "model-unusable", Severity.WARNING),
     ("a model that is there twice", _twice, "cache-duplicate", Severity.NOTE),
-    ("no port is left", lambda p: (p.block(), p.configure("port_range = 8100-8100")),
+    ("no port is left", lambda p: (p.block(), p.configure("port_range = 18100-18100")),
      "ports-exhausted", Severity.ERROR),
     ("open to the network", lambda p: p.block(host="0.0.0.0"), "host-open", Severity.WARNING),  # noqa: S104
     ("a web server without a password", _with_web_server("port=127.0.0.1:9001"),
@@ -262,6 +262,26 @@ def test_all_mistakes_in_the_settings_are_told_at_once(patient: Patient) -> None
 )  # fmt: skip
 def test_loopback_is_what_only_this_machine_reaches(host: str, near: bool) -> None:
     assert network.is_loopback(host) is near
+
+
+@pytest.mark.parametrize(
+    ("end", "told"),
+    [
+        ("kill -ILL $$", "ends by SIGILL with any model: it was built for a newer processor"),
+        ("kill -SEGV $$", "ends by SIGSEGV with any model"),
+        ("exit 1", None),
+        ("echo listening on http://127.0.0.1:9; exec sleep 60", None),
+    ],
+)
+def test_an_engine_that_no_model_survives_is_found(
+    end: str, told: str | None, patient: Patient
+) -> None:
+    """It says its version and lists its devices as any other."""
+    said = patient.engine.read_text()
+    patient.engine.write_text(said.replace("esac", f"esac\ncase $1 in --model) {end};; esac"))
+    found = patient.found().get("engine-unfit")
+    assert (found and found.message[: len(told or "")]) == told
+    assert found is None or found.severity is Severity.ERROR
 
 
 def test_each_finding_is_documented(patient: Patient) -> None:
