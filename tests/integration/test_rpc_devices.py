@@ -250,10 +250,13 @@ def test_memory_is_back_when_a_model_has_ended(
 def test_a_device_that_is_full_is_a_real_out_of_memory(
     llama_server: conftest.Engine, device: RpcDevice, model: Path, left_bytes: int, said: str
 ) -> None:
-    """The server ends with the words that it has for any device, whatever does not fit."""
+    """The server ends with the words that it has for any device, whatever does not fit.
+
+    Some builds (b10068) have said so, and then fall over their own context that was never made.
+    """
     device.take(64 * MIB - left_bytes)
     status, log = end_of(llama_server, model, *on(device))
-    assert status == 1
+    assert status in (1, 128 + signal.SIGSEGV)
     assert said in log
     kind, evidence = classify(Ending(status, log))
     assert kind is FailureClass.OUT_OF_MEMORY
