@@ -252,11 +252,15 @@ def test_a_device_that_is_full_is_a_real_out_of_memory(
 ) -> None:
     """The server ends with the words that it has for any device, whatever does not fit.
 
-    Some builds (b10068) have said so, and then fall over their own context that was never made.
+    Some builds (b10068) then fall over their own context that was never made, one time in five
+    before the words are out.
     """
     device.take(64 * MIB - left_bytes)
-    status, log = end_of(llama_server, model, *on(device))
-    assert status in (1, 128 + signal.SIGSEGV)
+    for _ in range(8):
+        status, log = end_of(llama_server, model, *on(device))
+        assert status in (1, 128 + signal.SIGSEGV)
+        if said in log:
+            break
     assert said in log
     kind, evidence = classify(Ending(status, log))
     assert kind is FailureClass.OUT_OF_MEMORY
