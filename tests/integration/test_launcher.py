@@ -37,6 +37,7 @@ from tests.integration.harness import promised
 FAKE = Path(__file__).with_name("fake_llama_server.py")
 _PATIENCE_SECONDS = 20.0
 _POLL_SECONDS = 0.01
+_ENDLESS = 8000  # tokens
 _linux_only = pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
 
 
@@ -202,9 +203,11 @@ def fake_command(port: int, faults: dict[str, Any]) -> list[str]:
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Large enough that 400 tokens take a while."""
+    """Large enough that 400 tokens take a while, and the endless ones never come to an end."""
     folder = tmp_path_factory.mktemp("models")
-    return gguf_factory.write_model(folder / "m.gguf", layers=6, embedding=128, vocabulary=2000)
+    return gguf_factory.write_model(
+        folder / "m.gguf", layers=6, embedding=128, vocabulary=2000, context=8192
+    )
 
 
 @pytest.fixture
@@ -325,10 +328,10 @@ def test_past_the_deadline_a_stream_is_cut_counted_and_does_not_hold_up_the_stop
     real: Start,
 ) -> None:
     run = real(drain=0.2, term=0.6)
-    with stream(run, 450) as response:
+    with stream(run, _ENDLESS) as response:
         seconds = run.stop()
         tokens, complete = tokens_of(response)
-    assert (tokens < 450, complete) == (True, False)
+    assert (tokens < _ENDLESS, complete) == (True, False)
     assert run.process.returncode == 0
     said = run.said()
     assert (said["drained"], said["cut"], said["deadline_hit"]) == ("0", "1", "yes")
@@ -337,7 +340,7 @@ def test_past_the_deadline_a_stream_is_cut_counted_and_does_not_hold_up_the_stop
 
 def test_a_second_term_ends_the_drain(real: Start) -> None:
     run = real(drain=20, term=0.6)
-    with stream(run, 450):
+    with stream(run, _ENDLESS):
         run.process.send_signal(signal.SIGTERM)
         assert run.stop(signal.SIGINT) <= promised(2 * 0.6 + 1)
     said = run.said()
