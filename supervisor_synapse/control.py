@@ -73,11 +73,13 @@ from supervisor_synapse.version import VERSION
 
 _RPC_TIMEOUT_SECONDS = 5.0
 _IDLE_TICK_SECONDS = 1.0
+_LONGEST_IDLE_TICK_SECONDS = 2.0
+_IDLE_SHARE = 0.01  # of the time goes into turns while nothing is on its way
 _BUSY_TICK_SECONDS = 0.1  # while something is on its way
 _ENDING_TICK_SECONDS = 0.03  # while a process ends: a swap waits for that
 _SHORTEST_TICK_SECONDS = 0.02
 _BLIND_SECONDS = 5.0  # a turn that took longer saw too little to judge by
-_BEAT_SECONDS = 2.0  # the plugin hears from us at least so often
+_BEAT_SECONDS = 1.5  # the plugin hears from us at least so often
 _FIGURES_SECONDS = 5.0  # figures that move all the time are handed over so often
 _MOST_LINES = 500  # of the history, handed to the plugin
 _LAST_WRITE_SECONDS = 2.0
@@ -205,7 +207,10 @@ class Listener:
         elif self._commands.is_swapping or phases & UNDER_WAY:
             pause = _BUSY_TICK_SECONDS
         else:
-            pause = _IDLE_TICK_SECONDS
+            pause = min(
+                max(self._turn_seconds / _IDLE_SHARE, _IDLE_TICK_SECONDS),
+                _LONGEST_IDLE_TICK_SECONDS,
+            )
         return min(pause, self._until_retry()) * random.uniform(0.9, 1.1)  # noqa: S311 - not a secret
 
     def _until_retry(self) -> float:

@@ -181,7 +181,9 @@ def roll_back(
         if done_before is not None:
             return _said(name, done_before)
         kept = _to_go_back_to(deployment, name, standing, to)
-        _require_as_applied(deployment, name, standing, kept)
+        there = _require_as_applied(deployment, name, standing, kept)
+        if there == standing.digest == kept.digest:
+            return f"{name}: its block is that of generation {to} already"
         number = earlier.generation + 1
         after = _gone_back(earlier, current, kept, number)
         why, failures = "by command", {}
@@ -236,19 +238,18 @@ def _good_in(deployment: Deployment, name: str, standing: Standing, to: int) -> 
     good = next((one for one in standing.good if one.digest == digest), None)
     if good is None:
         raise RollbackFailed(f"{name}: its block of generation {to} was never good")
-    if digest == standing.digest:
-        raise ConfigError(f"{name}: its block is that of generation {to} already")
     return good
 
 
-def _require_as_applied(deployment: Deployment, name: str, standing: Standing, kept: Kept) -> None:
-    """What somebody is editing just now is not overwritten."""
+def _require_as_applied(deployment: Deployment, name: str, standing: Standing, kept: Kept) -> str:
+    """What somebody is editing just now is not overwritten. The digest of what is there."""
     path = deployment.block(name)
     there = conf_d.digest_there(path)
     if there not in ("", standing.digest, kept.digest):
         raise ConfigError(
             f"{name}: {path} was edited since it was applied: supervisorctl update takes it up"
         )
+    return there
 
 
 def _gone_back(earlier: Registry, current: Program, kept: Kept, number: int) -> Registry:

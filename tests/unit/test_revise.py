@@ -269,12 +269,22 @@ def test_a_generation_to_go_to_is_one_that_was_good(
     assert at.picture() == before
 
 
-def test_the_generation_that_is_applied_is_none_to_go_to(
+def test_to_go_to_the_generation_that_is_applied_changes_nothing(
     at: Applied, supervisord: Scripted
 ) -> None:
+    before = at.picture()
     for to in (1, 2):
-        with pytest.raises(ConfigError, match=f"its block is that of generation {to} already"):
-            rollback.roll_back(at.deployment, "beta", to=to)
+        said = rollback.roll_back(at.deployment, "beta", to=to)
+        assert said == f"beta: its block is that of generation {to} already"
+    assert at.picture() == before
+
+
+def test_to_go_to_it_writes_a_deleted_block_again(at: Applied, supervisord: Scripted) -> None:
+    block = at.deployment.block("beta")
+    before = block.read_bytes()
+    block.unlink()
+    rollback.roll_back(at.deployment, "beta", to=1)
+    assert block.read_bytes() == before
 
 
 def test_one_goes_back_further_than_the_last(at: Applied, supervisord: Scripted) -> None:
