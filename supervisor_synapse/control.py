@@ -218,7 +218,7 @@ class Listener:
         waiting = (state.retries.retry_at for state in self._states.values())
         now = time.monotonic()
         ahead = [at - now for at in waiting if at is not None and at > now]
-        return max(min(ahead, default=_IDLE_TICK_SECONDS), _SHORTEST_TICK_SECONDS)
+        return max(min(ahead, default=_LONGEST_IDLE_TICK_SECONDS), _SHORTEST_TICK_SECONDS)
 
     async def _turn(self) -> None:
         """Observe, decide, act, publish; what fails is logged, and the next turn tries anew."""

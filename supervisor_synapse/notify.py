@@ -198,4 +198,6 @@ def _run(deployment: Deployment, text: str, policy: NotifyPolicy) -> Outcome:
 
 
 def _post(text: str, policy: NotifyPolicy) -> Outcome:
-    return hooks.post(policy.url, policy.url_header_file, text, policy.timeout_seconds)
+    from supervisor_synapse.adapters import webhooks
+
+    return webhooks.post(policy.url, policy.url_header_file, text, policy.timeout_seconds)

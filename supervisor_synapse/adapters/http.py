@@ -8,6 +8,7 @@ batches.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import socket
@@ -17,10 +18,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import requests
-from requests.adapters import HTTPAdapter
 from urllib3.connection import HTTPConnection
 from urllib3.connectionpool import HTTPConnectionPool
+from urllib3.exceptions import HTTPError, NewConnectionError
+from urllib3.exceptions import TimeoutError as Urllib3TimeoutError
+from urllib3.util import Timeout, parse_url
 
 from supervisor_synapse.core.model import Health, Role
 from supervisor_synapse.core.probes import Activity
@@ -82,9 +84,15 @@ class Prober:
         self.endpoint = endpoint
         self._timeout_seconds = timeout_seconds
         self._patience_seconds = patience_seconds
-        self._quick = _session(endpoint)
-        self._patient = _session(endpoint)
-        self._prepared: dict[str, requests.PreparedRequest] = {}
+        where = parse_url(endpoint.url)
+        self._prefix = (where.path or "").rstrip("/")
+        # The counters may be asked for while a token is awaited: each has its own connection.
+        self._quick, self._patient = (
+            _Pool(where.host or "", where.port, maxsize=connections) for connections in (1, 2)
+        )
+        self._headers = {"Accept": "*/*"}
+        if endpoint.api_key is not None:
+            self._headers["Authorization"] = f"Bearer {endpoint.api_key}"
         self._counters = "/metrics"
 
     def health(self) -> Health:
@@ -125,7 +133,6 @@ class Prober:
         says why it does not.
         """
         path, body = _CANARIES.get(role, _COMPLETION)
-        # The counters may be asked for meanwhile: the session gives each its own connection.
         status, _ = self._ask(self._patient, "POST", path, self._patience_seconds, body)
         return status >= 0 and status != 503
 
@@ -133,22 +140,12 @@ class Prober:
         self._quick.close()
         self._patient.close()
 
-    def _get(self, session: requests.Session, path: str, seconds: float) -> tuple[int, bytes]:
-        return self._ask(session, "GET", path, seconds)
-
-    def _prepare(
-        self, session: requests.Session, method: str, path: str, body: Mapping[str, object] | None
-    ) -> requests.PreparedRequest:
-        """Half of what a question costs, so once."""
-        prepared = self._prepared.get(path)
-        if prepared is None:
-            question = requests.Request(method, self.endpoint.url + path, json=body)
-            prepared = self._prepared[path] = session.prepare_request(question)
-        return prepared
+    def _get(self, pool: HTTPConnectionPool, path: str, seconds: float) -> tuple[int, bytes]:
+        return self._ask(pool, "GET", path, seconds)
 
     def _ask(
         self,
-        session: requests.Session,
+        pool: HTTPConnectionPool,
         method: str,
         path: str,
         seconds: float,
@@ -159,17 +156,22 @@ class Prober:
         A server may close a kept connection just as it is used again, so a refusal is asked twice.
         """
         deadline = _thread.deadline = time.monotonic() + seconds
-        timeouts = (min(self._timeout_seconds, seconds), seconds)  # to connect, to read
+        headers, content = self._headers, None
+        if body is not None:
+            headers, content = headers | {"Content-Type": "application/json"}, json.dumps(body)
         for is_last in (False, True):
             try:
-                question = self._prepare(session, method, path, body)
-                with session.send(
-                    question, stream=True, allow_redirects=False, timeout=timeouts
-                ) as answer:
-                    return answer.status_code, _bounded_body(answer)
-            except requests.Timeout:
-                return _SILENT, b""
-            except (requests.RequestException, OSError, ValueError):
+                answer = pool.urlopen(
+                    method, self._prefix + path, content, headers, retries=False, redirect=False,
+                    timeout=Timeout(connect=min(self._timeout_seconds, seconds), read=seconds),
+                    preload_content=False,
+                )  # fmt: skip
+                with contextlib.closing(answer):  # what was read to its end is kept
+                    return answer.status, answer.read(_LARGEST_ANSWER_BYTES)
+            except (HTTPError, OSError, ValueError) as error:
+                is_refused = isinstance(error, NewConnectionError)  # by some versions a timeout
+                if isinstance(error, Urllib3TimeoutError) and not is_refused:
+                    return _SILENT, b""
                 if time.monotonic() >= deadline:  # a body that came too slowly
                     return _SILENT, b""
                 if is_last:
@@ -177,25 +179,7 @@ class Prober:
         raise AssertionError("the second try returns")
 
 
-def _session(endpoint: Endpoint) -> requests.Session:
-    session = requests.Session()
-    session.trust_env = False
-    session.mount("http://", _Adapter())
-    if endpoint.api_key is not None:
-        session.headers["Authorization"] = f"Bearer {endpoint.api_key}"
-    return session
-
-
-def _bounded_body(answer: requests.Response) -> bytes:
-    body = b""
-    for piece in answer.iter_content(65536):
-        body += piece
-        if len(body) > _LARGEST_ANSWER_BYTES:
-            break
-    return body
-
-
-# --- one deadline for a whole answer, where requests has a timeout for each piece of it ----------
+# --- one deadline for a whole answer, where urllib3 has a timeout for each piece of it -----------
 
 _thread = threading.local()  # .deadline of the question that this thread asks
 
@@ -221,12 +205,6 @@ class _Connection(HTTPConnection):
 
 class _Pool(HTTPConnectionPool):
     ConnectionCls = _Connection
-
-
-class _Adapter(HTTPAdapter):
-    def init_poolmanager(self, *arguments: Any, **options: Any) -> None:
-        super().init_poolmanager(*arguments, **options)
-        self.poolmanager.pool_classes_by_scheme = {"http": _Pool}
 
 
 def parse_metrics(body: bytes) -> Activity | None:

@@ -67,8 +67,6 @@ def run() -> bool:
         f"watching {_MODELS} idle models, probes every 5 s",
         [
             Figure("listener: share of one core", 100 * listener.cpu_share, "%", 3.0),
-            # A turn a second: at most all of it.
-            Figure("listener: one turn, with its probes", 1000 * listener.cpu_share, "ms", 100.0),
             Figure("listener: memory", listener.memory_bytes / _MIB, "MiB", 80.0),
             Figure("supervisord: share of one core", 100 * supervisord.cpu_share, "%", 5.0),
         ],

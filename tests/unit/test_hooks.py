@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 import pytest
 
-from supervisor_synapse.adapters import hooks
+from supervisor_synapse.adapters import hooks, webhooks
 from supervisor_synapse.adapters.hooks import Outcome
 from supervisor_synapse.errors import ConfigError
 
@@ -266,7 +266,7 @@ def with_status(status: int, body: bytes = b"", **headers: str) -> Callable[[Han
 
 
 def post(server: Server, header_file: str = "", seconds: float = SOON_SECONDS) -> Outcome:
-    return hooks.post(server.url, header_file, TEXT, seconds)
+    return webhooks.post(server.url, header_file, TEXT, seconds)
 
 
 def test_a_webhook_gets_the_object_as_json(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -347,7 +347,7 @@ def test_nobody_there_is_worth_another_try() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{taken.getsockname()[1]}/secret-path"
-        outcome = hooks.post(url, "", TEXT, SOON_SECONDS)
+        outcome = webhooks.post(url, "", TEXT, SOON_SECONDS)
     assert outcome.may_pass
     assert "Connection refused" in outcome.problem
     assert "secret" not in outcome.problem
