@@ -497,6 +497,8 @@ def _show_ready(rows: Sequence[Row], deployment: Deployment, gateway_url: str) -
     hidden = len(rows) - len(shown)
     if shown and hidden:
         print(f"{hidden} more not enabled: `synapse plan` says why.")
+    if any(row.phase in (Phase.BACKOFF, Phase.FAILED) for row in shown):
+        print("`synapse doctor` says what is wrong, and how to mend it.")
     example = report.example(shown)
     if example is not None:
         print(f"\nTry it:\n  {report.curl_line(example)}\n")

@@ -7,7 +7,7 @@ import sys
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from supervisor_synapse import lifecycle, report
+from supervisor_synapse import lifecycle
 from supervisor_synapse.adapters.supervisord import Supervisord
 from supervisor_synapse.core.model import Phase, Row
 
@@ -62,7 +62,7 @@ class _Lines:
             known = self._phases.get(row.name)
             self._phases[row.name] = row.phase
             if row.phase is not known and (known or row.phase is not Phase.DISABLED):
-                print(f"{row.name}: {row.phase.value} ({report.reason(row)})", file=sys.stderr)
+                print(f"{row.name}: {row.phase.value} ({row.explanation})", file=sys.stderr)
         sys.stderr.flush()
 
 

@@ -81,7 +81,7 @@ def models_table(rows: Sequence[Row]) -> str:
     lines: list[_Line] = [
         [
             row.name, row.tier.label, _phase(row.phase), str(row.port), str(row.context),
-            row.device, _memory(row), _slots(row), reason(row),
+            row.device, _memory(row), _slots(row), row.explanation,
         ]
         for row in rows
     ]  # fmt: skip
@@ -95,7 +95,7 @@ def ready_table(rows: Sequence[Row]) -> str:
         _Column("URL"), _Column("REASON", folds=True, below="{}"),
     )  # fmt: skip
     lines: list[_Line] = [
-        [row.name, row.tier.label, _phase(row.phase), str(row.port), row.url, reason(row)]
+        [row.name, row.tier.label, _phase(row.phase), str(row.port), row.url, row.explanation]
         for row in rows
     ]
     return _table(columns, lines)
@@ -358,13 +358,6 @@ def _memory(row: Row) -> str:
 
 def _slots(row: Row) -> str:
     return f"{'-' if row.slots_busy is None else row.slots_busy}/{row.slots_total}"
-
-
-def reason(row: Row) -> str:
-    """Why a model is as it is, with the evidence where it failed."""
-    if row.phase in (Phase.BACKOFF, Phase.FAILED) and row.last_failure is not None:
-        return f"{row.reason}: {row.last_failure.message}"
-    return row.reason
 
 
 _ENGINE = "--"  # in a command: the launcher's words stand before it, the engine's after

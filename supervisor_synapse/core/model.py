@@ -427,6 +427,13 @@ class Row:
     failures: tuple[tuple[str, int], ...] = ()  # by class, how often since the listener began
     usage: Usage = Usage()
 
+    @property
+    def explanation(self) -> str:
+        """Why it is as it is, with the evidence where it failed or waits to be tried again."""
+        if self.phase in (Phase.BACKOFF, Phase.FAILED) and self.last_failure is not None:
+            return f"{self.reason}: {self.last_failure.message}"
+        return self.reason
+
 
 @dataclass(frozen=True, slots=True)
 class Holding:

@@ -67,6 +67,7 @@ CHECKS = (
     Check("key files", exposure.check_key_files),
     Check("supervisord", running.check_supervisord),
     Check("listener", running.check_listener),
+    Check("fleet", running.check_fleet),
     Check("processes", running.check_processes),
     Check("versions", versions.check_versions),
     Check("gateway", network.check_gateway),

@@ -7,12 +7,22 @@ from collections.abc import Iterator
 
 from supervisor_synapse.adapters.processes import Running
 from supervisor_synapse.core.findings import Finding, error, fine, note, warning
-from supervisor_synapse.core.model import ProcessState
+from supervisor_synapse.core.model import FailureClass, Phase, ProcessState
 from supervisor_synapse.doctor.case import SERVER, Case
 
 LISTENER = "synapse"
 _MOST_NAMED = 40
 _SILENT_SECONDS = 15.0  # the listener gives a sign of life every 2 s
+# Where a failure class says by itself what is to be done; else the model's log has to be read.
+_MENDS = {
+    FailureClass.OUT_OF_MEMORY: "give it less to hold (`context`, a smaller quantization) or free "
+    "memory; `synapse plan` has the figures",
+    FailureClass.BAD_ARGUMENT: "mend the argument in synapse.conf, then `synapse discover`; or in "
+    "its block, then `supervisorctl update`",
+    FailureClass.MODEL_MISSING: "download it again: `synapse pull`",
+    FailureClass.MODEL_CORRUPT: "`synapse doctor --deep` compares checksums; download it again",
+    FailureClass.PORT_IN_USE: "end the program that has the port, or choose another `port`",
+}
 
 
 def check_supervisord(case: Case) -> Iterator[Finding]:
@@ -103,6 +113,25 @@ def check_listener(case: Case) -> Iterator[Finding]:
     else:
         count = len(answers.snapshot.models)
         yield fine("listener", f"reported {answers.age_seconds:.0f} s ago, of {count} models")
+
+
+def check_fleet(case: Case) -> Iterator[Finding]:
+    """Models that the listener has given up, and those that it is about to try again."""
+    snapshot = case.supervisord.snapshot
+    if snapshot is None:
+        return
+    for row in snapshot.models:
+        if row.phase not in (Phase.FAILED, Phase.BACKOFF):
+            continue
+        failure = row.last_failure
+        log = case.deployment.log / f"{row.name}.log"
+        mend = _MENDS.get(failure.failure_class) if failure is not None else None
+        tell = error if row.phase is Phase.FAILED else warning
+        yield tell(
+            "model-failed", row.name, row.explanation,
+            mend or f"see what stands above the end in {log}",
+        )  # fmt: skip
+    yield fine("models", f"{len(snapshot.models)} looked at")
 
 
 def check_processes(case: Case) -> Iterator[Finding]:

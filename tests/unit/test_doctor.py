@@ -21,7 +21,14 @@ from supervisor_synapse import deploy, doctor, report
 from supervisor_synapse.adapters import snapshots
 from supervisor_synapse.adapters.deployment import Deployment
 from supervisor_synapse.core.findings import Examination, Finding, Severity, fine, note
-from supervisor_synapse.core.model import ListenerRow, ProcessState, Snapshot
+from supervisor_synapse.core.model import (
+    Failure,
+    FailureClass,
+    ListenerRow,
+    Phase,
+    ProcessState,
+    Snapshot,
+)
 from supervisor_synapse.doctor import Check, network
 from supervisor_synapse.doctor.case import Case
 from supervisor_synapse.version import VERSION
@@ -344,6 +351,25 @@ def test_a_supervisord_that_is_not_well_is_told_of(
     named = [one for one in found if one.startswith(tuple(ills))]
     assert named == ([] if name is None else [name])
     assert name is None or found[name].severity is severity
+
+
+@pytest.mark.parametrize(
+    ("phase", "severity"), [(Phase.FAILED, Severity.ERROR), (Phase.BACKOFF, Severity.WARNING)]
+)
+@pytest.mark.parametrize("kind", list(FailureClass))
+def test_a_model_that_failed_is_named_with_its_evidence(
+    phase: Phase, severity: Severity, kind: FailureClass, patient: Patient
+) -> None:
+    failure = Failure(kind, "error: so it was", 1.0)
+    failed = row(name="a", phase=phase, reason="was given up", last_failure=failure)
+    snapshot = Snapshot(0.0, (row(), failed), (), ListenerRow(1, VERSION, 0.0, 0.0, 0.0))
+    told = json.loads(snapshots.dump(snapshot)) | {"age_seconds": 1.0}
+    said = answers() | {"synapse.models": json.dumps(told)}
+    with answering(patient.deployment.socket, said):
+        found = [one for one in patient.examined().findings if one.id == "model-failed"]
+    assert [(one.subject, one.severity) for one in found] == [("a", severity)]
+    assert found[0].message == "was given up: error: so it was"
+    assert found[0].mend
 
 
 @contextlib.contextmanager

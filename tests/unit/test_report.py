@@ -96,17 +96,18 @@ def test_every_phase_and_tier_can_be_shown(phase: Phase, tier: Tier) -> None:
     assert (shown["PHASE"], shown["TIER"]) == (phase.value, tier.value.upper())
 
 
-def test_a_failed_model_shows_the_evidence() -> None:
+@pytest.mark.parametrize("phase", [Phase.FAILED, Phase.BACKOFF])
+def test_a_model_that_failed_shows_the_evidence(phase: Phase) -> None:
     """Nothing settles in silence."""
     failure = Failure(FailureClass.BAD_ARGUMENT, "error: invalid argument: --fast", 1.0)
-    failed = row(phase=Phase.FAILED, reason="bad-argument", last_failure=failure)
-    assert report.reason(failed) == "bad-argument: error: invalid argument: --fast"
+    failed = row(phase=phase, reason="bad-argument", last_failure=failure)
+    assert failed.explanation == "bad-argument: error: invalid argument: --fast"
     assert "error: invalid argument: --fast" in report.models_table([failed])
 
 
 def test_an_earlier_failure_is_not_the_reason_of_a_model_that_runs() -> None:
     failure = Failure(FailureClass.CRASHED, "long ago", 1.0)
-    assert report.reason(row(last_failure=failure)) == "answers 1.2 s after its start"
+    assert row(last_failure=failure).explanation == "answers 1.2 s after its start"
 
 
 def test_columns_are_aligned_whatever_the_names_are() -> None:
