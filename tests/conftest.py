@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import time
 import urllib.error
@@ -24,6 +23,7 @@ import pytest
 from supervisor_synapse.adapters import engine as engines
 from tests import gguf_factory
 from tests import real_model as real_models
+from tests.ports import free_port
 
 _READY_SECONDS = 60.0
 _POLL_SECONDS = 0.02
@@ -188,11 +188,3 @@ def _wait_until_ready(server: Served, log: Path) -> None:
         time.sleep(_POLL_SECONDS)
     tail = log.read_text("utf-8", "replace")[-2000:]
     raise AssertionError(f"not ready, exit status {server.process.poll()}:\n{tail}")
-
-
-def free_port() -> int:
-    """A loopback port that was free a moment ago."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port

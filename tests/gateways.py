@@ -23,7 +23,8 @@ from supervisor_synapse.adapters.haproxy import Runtime
 from supervisor_synapse.core.gateway import GatewayPaths, Tables, Upstream, Verdict, tables
 from supervisor_synapse.core.model import Program
 from supervisor_synapse.core.settings import GatewaySettings
-from tests.integration.harness import free_ports, wait_until
+from tests.integration.harness import wait_until
+from tests.ports import free_ports
 from tests.unit.builders import program, row
 
 IS_THERE = shutil.which("haproxy") is not None

@@ -20,7 +20,8 @@ from typing import Any
 from supervisor_synapse.core.estimate import Load
 from supervisor_synapse.core.load_log import Loaded, parse_load
 from tests import gguf_factory
-from tests.conftest import Engine, free_port
+from tests.conftest import Engine
+from tests.ports import free_port
 
 _LOAD_SECONDS = 120.0
 _START_SECONDS = 10.0

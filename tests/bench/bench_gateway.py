@@ -41,7 +41,8 @@ import psutil
 from supervisor_synapse.adapters import engine as engines
 from supervisor_synapse.adapters.demo_model import generate
 from tests.bench.table import Figure, show
-from tests.integration.harness import Deployment, ask, deployed, free_ports, wait_until
+from tests.integration.harness import Deployment, ask, deployed, wait_until
+from tests.ports import free_ports
 from tests.real_model import servable
 
 _NAMES = ("one", "two")

@@ -22,7 +22,8 @@ from pathlib import Path
 import psutil
 
 from tests.gguf_factory import write_model
-from tests.integration.harness import BIN, Script, ask, deployed, free_ports
+from tests.integration.harness import BIN, Script, ask, deployed
+from tests.ports import free_ports
 
 _BOUND_SECONDS = 40.0
 _SLOW_LOAD_SECONDS = 12.0

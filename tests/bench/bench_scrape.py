@@ -35,7 +35,8 @@ from supervisor_synapse.core.model import (
     Usage,
 )
 from tests.bench.table import Figure, show
-from tests.integration.harness import BIN, Deployment, deployed, free_ports, wait_until
+from tests.integration.harness import BIN, Deployment, deployed, wait_until
+from tests.ports import free_ports
 from tests.unit.builders import GIB, MIB, row
 
 _MODELS = 50

@@ -27,7 +27,8 @@ from supervisor_synapse.adapters import engine as engines
 from supervisor_synapse.adapters.demo_model import generate
 from supervisor_synapse.adapters.supervisord import Supervisord
 from tests.bench.table import Figure, show
-from tests.integration.harness import Deployment, answers, ask, deployed, free_ports
+from tests.integration.harness import Deployment, answers, ask, deployed
+from tests.ports import free_ports
 from tests.real_model import servable
 
 _ROUNDS = 5

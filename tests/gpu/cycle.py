@@ -26,7 +26,8 @@ import pynvml
 from supervisor_synapse.adapters import engine as engines
 from supervisor_synapse.adapters.supervisord import Supervisord
 from tests.gguf_factory import write_model
-from tests.integration.harness import Deployment, answers, chat, deployed, free_ports, wait_until
+from tests.integration.harness import Deployment, answers, chat, deployed, wait_until
+from tests.ports import free_ports
 
 MIB = 1024 * 1024
 LARGE: dict[str, Any] = {

@@ -19,7 +19,8 @@ import psutil
 
 from supervisor_synapse.adapters import snapshots
 from supervisor_synapse.core.model import Snapshot
-from tests.integration.harness import free_ports, wait_until
+from tests.integration.harness import wait_until
+from tests.ports import free_ports
 
 LOGIN = ("synapse", "pass-word")
 _START_SECONDS = 20.0

@@ -14,7 +14,6 @@ import http.client as http_client
 import json
 import os
 import pty
-import random
 import re
 import select
 import shlex
@@ -43,6 +42,7 @@ from supervisor.xmlrpc import SupervisorTransport
 
 from supervisor_synapse.adapters import snapshots
 from tests.gguf_factory import HubCache, Value, hub_cache, write_gguf, write_model
+from tests.ports import free_ports
 
 BIN = Path(sys.executable).parent
 T = TypeVar("T")
@@ -126,31 +126,6 @@ def chat(model: Mapping[str, Any], content: object = "Hello") -> str:
     said: str = answer["choices"][0]["message"]["content"]
     assert said.strip(), answer
     return said
-
-
-def free_ports(count: int) -> int:
-    """The first of `count` neighbouring ports that were free a moment ago.
-
-    Below the range that the kernel hands out to clients; chosen at random, so that test runs
-    beside each other seldom meet.
-    """
-    chance = random.Random(os.urandom(8))
-    for _ in range(200):
-        first = chance.randrange(12_000, 31_000)
-        if all(port_is_free(port) for port in range(first, first + count)):
-            return first
-    raise AssertionError(f"no {count} free ports in a row")
-
-
-def port_is_free(port: int) -> bool:
-    """Whether a server could listen there now."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-        return True
 
 
 @contextlib.contextmanager

@@ -32,7 +32,7 @@ import pytest
 
 from supervisor_synapse.adapters import engine as engines
 from supervisor_synapse.errors import ConfigError
-from tests import conftest
+from tests.ports import free_port
 
 _PROGRAMS = ("ggml-rpc-server", "rpc-server")  # the name has changed
 _START_SECONDS = 20.0
@@ -92,7 +92,7 @@ class _Server:
 
     def __init__(self, program: str) -> None:
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - end() closes it
-        self.port = conftest.free_port()
+        self.port = free_port()
         self.process = subprocess.Popen(
             [program, "-H", "127.0.0.1", "-p", str(self.port), "-d", "CPU"],
             stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log,

@@ -35,11 +35,11 @@ from tests.integration.harness import (
     chat,
     deployed,
     holds_for,
-    port_is_free,
     promised,
     stranger_on,
     wait_until,
 )
+from tests.ports import port_is_free
 
 pytestmark = pytest.mark.usefixtures("llama_server")
 

@@ -15,14 +15,9 @@ from typing import Any
 import pytest
 
 from tests.gguf_factory import write_model
-from tests.integration.harness import (
-    Deployment,
-    deployed,
-    free_ports,
-    stranger_on,
-    wait_until,
-)
+from tests.integration.harness import Deployment, deployed, stranger_on, wait_until
 from tests.integration.hub import serving
+from tests.ports import free_ports
 
 
 @pytest.fixture(scope="module")

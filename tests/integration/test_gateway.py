@@ -20,9 +20,10 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.integration.harness import Deployment, TokenStream, deployed, free_ports, wait_until
+from tests.integration.harness import Deployment, TokenStream, deployed, wait_until
 from tests.integration.rpc_devices import rpc_device
 from tests.integration.test_memory import MODEL, need
+from tests.ports import free_ports
 
 pytestmark = [
     pytest.mark.usefixtures("llama_server"),

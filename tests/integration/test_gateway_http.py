@@ -21,7 +21,8 @@ import pytest
 
 from supervisor_synapse.core.gateway import Upstream, Verdict
 from tests.gateways import IS_THERE, Proxy, Reply, StubServer, all_ready, programs, proxy, servers
-from tests.integration.harness import free_ports, holds_for, wait_until
+from tests.integration.harness import holds_for, wait_until
+from tests.ports import free_ports
 
 pytestmark = pytest.mark.skipif(not IS_THERE, reason="haproxy is not installed")
 

@@ -45,12 +45,12 @@ from tests.integration.harness import (
     holds_for,
     http,
     lost_requests,
-    port_is_free,
     promised,
     stranger_on,
     stranger_server,
     wait_until,
 )
+from tests.ports import port_is_free
 
 pytestmark = pytest.mark.usefixtures("llama_server")
 

@@ -30,9 +30,10 @@ from supervisor_synapse import launcher
 from supervisor_synapse.adapters import ledger as ledgers
 from supervisor_synapse.adapters.ledger import Entry, Ledger, Process
 from tests import gguf_factory
-from tests.conftest import Engine, free_port
+from tests.conftest import Engine
 from tests.gateways import Front, fronting
 from tests.integration.harness import promised
+from tests.ports import free_port
 
 FAKE = Path(__file__).with_name("fake_llama_server.py")
 _PATIENCE_SECONDS = 20.0

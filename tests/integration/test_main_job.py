@@ -35,15 +35,14 @@ from tests.integration.harness import (
     chat,
     deployed,
     foreground,
-    free_ports,
     holds_for,
     http,
     picture,
-    port_is_free,
     stranger_on,
     wait_until,
     write_working_projector,
 )
+from tests.ports import free_ports, port_is_free
 
 pytestmark = pytest.mark.usefixtures("llama_server")
 

@@ -25,7 +25,8 @@ import pytest
 from supervisor_synapse.adapters.supervisord import Fault, Refused, Supervisord
 from supervisor_synapse.core.model import Phase, ProcessState, Row, Snapshot
 from supervisor_synapse.errors import ShuttingDown, TransientError
-from tests.integration.harness import BIN, Deployment, deployed, free_ports, http, wait_until
+from tests.integration.harness import BIN, Deployment, deployed, http, wait_until
+from tests.ports import free_ports
 from tests.unit.builders import MIB, row
 
 MODELS = ("m0", "m1", "m2", "m3", "m4")

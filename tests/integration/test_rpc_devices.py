@@ -25,6 +25,7 @@ from tests import conftest, gguf_factory
 from tests.integration import rpc_devices
 from tests.integration.harness import wait_until
 from tests.integration.rpc_devices import RpcDevice, rpc_device
+from tests.ports import free_port
 
 MIB = 1024 * 1024
 _BUFFER = re.compile(r"RPC0\[\S+\] +(\w+) buffer size = +([\d.]+) MiB")
@@ -76,7 +77,7 @@ def buffers(log: str) -> dict[str, int]:
 def end_of(llama_server: conftest.Engine, model: Path, *arguments: str) -> tuple[int, str]:
     """Exit status and log of a server that is expected to end by itself."""
     command = [llama_server.path, "--model", str(model), "--host", "127.0.0.1",
-               "--port", str(conftest.free_port()), "--parallel", "1", *arguments]  # fmt: skip
+               "--port", str(free_port()), "--parallel", "1", *arguments]  # fmt: skip
     done = subprocess.run(
         command, env=llama_server.environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True, errors="replace", timeout=_LONGEST_SECONDS,

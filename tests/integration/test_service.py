@@ -19,9 +19,9 @@ from tests.integration.harness import (
     TokenStream,
     deployed,
     foreground,
-    free_ports,
     wait_until,
 )
+from tests.ports import free_ports
 
 BACKEND = Path(__file__).resolve().parents[2] / "docs" / "examples" / "backend.py"
 LOGIN = ("synapse", "correct horse battery staple")

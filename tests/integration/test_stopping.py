@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.conftest import Engine, free_port
+from tests.conftest import Engine
 from tests.gguf_factory import write_model
 from tests.integration.harness import (
     Deployment,
@@ -34,10 +34,10 @@ from tests.integration.harness import (
     holds_for,
     http,
     is_gone,
-    port_is_free,
     promised,
     wait_until,
 )
+from tests.ports import free_port, port_is_free
 
 pytestmark = pytest.mark.usefixtures("llama_server")
 

@@ -22,7 +22,8 @@ import psutil
 import pytest
 
 from tests.conftest import Engine
-from tests.integration.harness import BIN, Deployment, deployed, free_ports, wait_until
+from tests.integration.harness import BIN, Deployment, deployed, wait_until
+from tests.ports import free_ports
 
 pytestmark = pytest.mark.usefixtures("llama_server")
 

@@ -33,10 +33,10 @@ from tests.integration.harness import (
     deployed,
     holds_for,
     is_gone,
-    port_is_free,
     wait_until,
 )
 from tests.integration.rpc_devices import rpc_device
+from tests.ports import port_is_free
 
 pytestmark = pytest.mark.usefixtures("llama_server")
 

@@ -29,8 +29,9 @@ import pytest
 
 from supervisor_synapse.plugin.rpc import API_VERSION, SynapseNamespaceRPCInterface
 from tests.conftest import Engine
-from tests.integration.harness import Deployment, deployed, free_ports, wait_until
+from tests.integration.harness import Deployment, deployed, wait_until
 from tests.integration.harness import http as get
+from tests.ports import free_ports
 
 pytestmark = pytest.mark.usefixtures("llama_server")
 

@@ -28,7 +28,8 @@ from supervisor_synapse.core.arguments import (
 from supervisor_synapse.core.estimate import Load
 from supervisor_synapse.core.model import Engine as CoreEngine
 from supervisor_synapse.core.model import Role
-from tests.conftest import Engine, free_port
+from tests.conftest import Engine
+from tests.ports import free_port
 from tests.unit.builders import FLAGS as PLAIN_FLAGS
 from tests.unit.builders import GIB, MIB
 from tests.unit.builders import engine as plain_engine

@@ -24,8 +24,9 @@ from supervisor_synapse.adapters import dry_run, engine, store
 from supervisor_synapse.core.load_log import Loaded, parse_load
 from supervisor_synapse.core.model import Engine
 from tests.conftest import Engine as Binary
-from tests.conftest import Serve, free_port
+from tests.conftest import Serve
 from tests.gguf_factory import write_embedding, write_model
+from tests.ports import free_port
 from tests.unit.builders import GIB, MIB
 
 FLAGS = frozenset({"--fit", "--model"})

@@ -28,7 +28,8 @@ from supervisor_synapse.errors import ShuttingDown, TransientError
 from supervisor_synapse.gateway import PROGRAM, Gateway, View
 from supervisor_synapse.gateway_files import Files
 from tests.gateways import IS_THERE, StubServer, children_of, programs
-from tests.integration.harness import free_ports, holds_for, stranger_on, wait_until
+from tests.integration.harness import holds_for, stranger_on, wait_until
+from tests.ports import free_ports
 from tests.unit.builders import row
 
 pytestmark = pytest.mark.skipif(not IS_THERE, reason="haproxy is not installed")

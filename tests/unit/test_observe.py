@@ -23,7 +23,7 @@ from supervisor_synapse.core.model import ProcessState
 from supervisor_synapse.core.settings import ProbePolicy
 from supervisor_synapse.core.state import Seen
 from supervisor_synapse.observe import Observer, Wanted, used_since
-from tests.conftest import free_port
+from tests.ports import free_port
 from tests.unit.builders import program
 
 # Leads a group, as a launcher does; its child heeds no TERM, and may leave the group.
