@@ -131,6 +131,15 @@ class Served:
         assert status == 200, answer
         return json.loads(answer.decode("utf-8", "strict"))
 
+    def end(self, how: signal.Signals = signal.SIGTERM) -> None:
+        """Have it end. Asked twice: a TERM that comes just as it begins to serve gets lost."""
+        for seconds in (2.0, 10.0):
+            self.process.send_signal(how)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(seconds)
+                return
+        raise AssertionError(f"pid {self.process.pid} does not end by {how.name}")
+
     def _send(self, request: urllib.request.Request) -> tuple[int, bytes]:
         try:
             with _OPENER.open(request, timeout=30) as answer:
@@ -168,13 +177,13 @@ def _running(
             [*command, "--parallel", "1", *arguments],
             env=engine.environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
         )  # fmt: skip
+    server = Served(f"http://127.0.0.1:{port}", process)
     try:
-        yield Served(f"http://127.0.0.1:{port}", process)
+        yield server
     finally:
-        process.terminate()
         try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
+            server.end()
+        except AssertionError:
             process.kill()
             process.wait()
 

@@ -230,8 +230,7 @@ def test_memory_is_back_when_a_model_has_ended(
 ) -> None:
     server = serve(model, *on(device))
     assert device.used_bytes > MIB
-    server.process.send_signal(how)
-    server.process.wait(10)
+    server.end(how)
     wait_until(lambda: device.used_bytes == 0, 5, "the memory was not given back")
     wait_until(lambda: device.connections == 0, 5, "the connection was not ended")
 

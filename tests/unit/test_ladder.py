@@ -326,8 +326,7 @@ def test_the_real_engine_takes_less_of_a_device_on_each_rung(
             server = serve(tmp_path / "m.gguf", *without_port(variant.arguments))
             used.append(device.used_bytes)
             assert used[-1] <= variant.estimate.on("RPC0")
-            server.process.terminate()
-            server.process.wait(10)
+            server.end()
             wait_until(lambda: device.used_bytes == 0, 10)
     assert used == sorted(set(used), reverse=True)
     assert used[-1] == 0
